@@ -1,0 +1,66 @@
+"""Image processors of PersonViT: a person crop of any size to normalised `pixel_values` of 256x128."""
+
+import numpy as np
+import torch
+from transformers.image_processing_backends import PilBackend, TorchvisionBackend
+from transformers.image_transforms import resize as pil_resize
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    ChannelDimension,
+    PILImageResampling,
+    SizeDict,
+)
+
+
+class PersonViTImageProcessor(TorchvisionBackend):
+    r"""
+    Turns person crops into `pixel_values`, float32 (batch, 3, height, width).
+
+    A crop is resized to `size` (pixels) whatever its shape was, as re-identification does: the aspect ratio is not
+    kept. It is then scaled to [0, 1] and normalised with `image_mean` and `image_std`: ImageNet's for pre-trained
+    models, 0.5 for models fine-tuned by the official PersonViT recipe. Each checkpoint carries its own.
+
+    The resize is PIL's antialiased bilinear, byte for byte, because that is what the official code tests with
+    (PersonViT `transreid_pytorch/datasets/make_dataloader.py`, `val_transforms`); torchvision's own kernel differs
+    from it by one grey level here and there. Tensors on another device are resized there by torchvision.
+    """
+
+    resample = PILImageResampling.BILINEAR
+    image_mean = IMAGENET_DEFAULT_MEAN
+    image_std = IMAGENET_DEFAULT_STD
+    size = {"height": 256, "width": 128}
+    do_resize = True
+    do_rescale = True
+    do_normalize = True
+    do_convert_rgb = True
+
+    def resize(self, image: torch.Tensor, size: SizeDict, resample=None, **kwargs) -> torch.Tensor:
+        """Resizes (..., 3, height, width) images; uint8 ones in main memory exactly as PIL does."""
+        if image.device.type != "cpu" or image.dtype != torch.uint8 or not (size.height and size.width):
+            return super().resize(image, size, resample=resample, **kwargs)
+        new_size = (size.height, size.width)
+        if image.shape[-2:] == new_size:
+            return image
+        channels_first = ChannelDimension.FIRST
+        resized = [
+            pil_resize(one, new_size, resample, data_format=channels_first, input_data_format=channels_first)
+            for one in image.reshape(-1, *image.shape[-3:]).numpy()
+        ]
+        return torch.from_numpy(np.stack(resized)).reshape(*image.shape[:-2], *new_size)
+
+
+class PersonViTImageProcessorPil(PilBackend):
+    r"""The same as [`PersonViTImageProcessor`], through PIL and numpy alone."""
+
+    resample = PILImageResampling.BILINEAR
+    image_mean = IMAGENET_DEFAULT_MEAN
+    image_std = IMAGENET_DEFAULT_STD
+    size = {"height": 256, "width": 128}
+    do_resize = True
+    do_rescale = True
+    do_normalize = True
+    do_convert_rgb = True
+
+
+__all__ = ["PersonViTImageProcessor", "PersonViTImageProcessorPil"]

@@ -1,0 +1,474 @@
+"""PersonViT: the backbone, and its head for person re-identification."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torchvision.ops import stochastic_depth
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_personvit import PersonViTConfig
+
+
+def interpolate_position_embeddings(
+    position_embeddings: torch.Tensor, native_grid: tuple[int, int], grid: tuple[int, int]
+) -> torch.Tensor:
+    """Position embeddings for an input of another size than the native one.
+
+    Bicubic, with the scale factors (n + 0.1) / native themselves setting the sampling points, as DINO, iBOT and
+    TransReID-SSL (`dino/vision_transformer.py`, `interpolate_pos_encoding`) do; resizing to the exact size would give
+    other values. Unlike transformers' ViT, the native grid may be any rectangle.
+
+    Args:
+        position_embeddings: float (1, 1 + native rows * native columns, hidden), [CLS] first, patches row by row.
+        native_grid: (rows, columns) of `position_embeddings`.
+        grid: (rows, columns) wanted.
+
+    Returns:
+        (1, 1 + rows * columns, hidden), the input itself when the grids are equal.
+    """
+    if grid == native_grid:
+        return position_embeddings
+    cls_position, patch_positions = position_embeddings[:, :1], position_embeddings[:, 1:]
+    patch_positions = patch_positions.unflatten(1, native_grid).permute(0, 3, 1, 2)
+    scale = tuple((new + 0.1) / native for new, native in zip(grid, native_grid, strict=True))
+    # in float32, since bicubic sampling points are too coarse in half precision
+    resized = nn.functional.interpolate(patch_positions.float(), scale_factor=scale, mode="bicubic")
+    resized = resized.flatten(2).transpose(1, 2).to(cls_position.dtype)
+    return torch.cat((cls_position, resized), dim=1)
+
+
+class PersonViTPatchEmbeddings(nn.Module):
+    """Pixels (batch, channels, height, width) to patch tokens (batch, patches, hidden), row by row."""
+
+    def __init__(self, config: PersonViTConfig):
+        super().__init__()
+        stride = config.patch_stride or config.patch_size
+        self.projection = nn.Conv2d(config.num_channels, config.hidden_size, config.patch_size, stride)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.projection(pixel_values).flatten(2).transpose(1, 2)
+
+
+class PersonViTEmbeddings(nn.Module):
+    """Pixels to tokens: patches (some replaced by the mask token), [CLS], positions and side information."""
+
+    def __init__(self, config: PersonViTConfig, use_mask_token: bool):
+        super().__init__()
+        self.config = config
+        self.native_grid = config.patch_grid(*config.image_size)
+        rows, columns = self.native_grid
+        self.patch_embeddings = PersonViTPatchEmbeddings(config)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if use_mask_token else None
+        self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + rows * columns, config.hidden_size))
+        # one row for each camera, view, or pair of them; camera-major
+        num_sides = max(config.num_cameras, 1) * max(config.num_views, 1)
+        has_sides = config.num_cameras > 0 or config.num_views > 0
+        self.side_embeddings = nn.Parameter(torch.zeros(num_sides, 1, config.hidden_size)) if has_sides else None
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        bool_masked_pos: torch.Tensor | None = None,
+        camera_ids: torch.Tensor | None = None,
+        view_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        batch_size, num_channels, height, width = pixel_values.shape
+        if num_channels != self.config.num_channels:
+            raise ValueError(
+                f"`pixel_values` must be (batch, {self.config.num_channels}, height, width), "
+                f"got {tuple(pixel_values.shape)}."
+            )
+        grid = self.config.patch_grid(height, width)
+        tokens = self.patch_embeddings(pixel_values)
+        if bool_masked_pos is not None:
+            tokens = self.mask(tokens, bool_masked_pos)
+        tokens = torch.cat((self.cls_token.expand(batch_size, -1, -1), tokens), dim=1)
+        tokens = tokens + interpolate_position_embeddings(self.position_embeddings, self.native_grid, grid)
+        sides = self.side_information(camera_ids, view_ids)
+        if sides is not None:
+            tokens = tokens + self.config.side_information_scale * sides
+        return self.dropout(tokens)
+
+    def mask(self, tokens: torch.Tensor, bool_masked_pos: torch.Tensor) -> torch.Tensor:
+        """Replaces masked (True) patch tokens by the mask token, before positions are added, as iBOT does."""
+        if self.mask_token is None:
+            raise ValueError("`bool_masked_pos` needs a mask token: build the model with `use_mask_token=True`.")
+        masked = bool_masked_pos.flatten(1)
+        if masked.shape != tokens.shape[:2]:
+            raise ValueError(
+                f"`bool_masked_pos` must be (batch, patches) = {tuple(tokens.shape[:2])} for these images, "
+                f"got {tuple(bool_masked_pos.shape)}."
+            )
+        return torch.where(masked.bool().unsqueeze(-1), self.mask_token.to(tokens.dtype), tokens)
+
+    def side_information(self, camera_ids: torch.Tensor | None, view_ids: torch.Tensor | None) -> torch.Tensor | None:
+        """(batch, 1, hidden) for the given cameras and views; None where the model or the caller has none."""
+        if self.side_embeddings is None or (camera_ids is None and view_ids is None):
+            return None
+        index = 0
+        for name, ids, count in (
+            ("camera_ids", camera_ids, self.config.num_cameras),
+            ("view_ids", view_ids, self.config.num_views),
+        ):
+            if not count:
+                continue
+            setting = f"num_{name[:-4]}s"
+            if ids is None:
+                raise ValueError(f"`{name}` must be given together with the other ids: `{setting}` is {count}.")
+            check_range(name, ids, count, setting)
+            index = index * count + ids
+        return self.side_embeddings[index]
+
+
+def check_range(name: str, ids: torch.Tensor, count: int, setting: str) -> None:
+    """Raises a ValueError where an id lies outside [0, count), naming the argument and the setting behind it."""
+    if torch.compiler.is_compiling() or ids.numel() == 0:
+        return
+    low, high = ids.min().item(), ids.max().item()
+    if low < 0 or high >= count:
+        raise ValueError(
+            f"`{name}` must lie in [0, {count - 1}] since `{setting}` is {count}, got values from {low} to {high}."
+        )
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain attention: (batch, heads, tokens, head size) in, (batch, tokens, heads, head size) and weights out."""
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class PersonViTAttention(nn.Module):
+    """Multi-head self-attention through transformers' attention interface."""
+
+    def __init__(self, config: PersonViTConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        # query, key and value in one, as all official checkpoints have them: iBOT clips gradients by parameter
+        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        # (batch, tokens, 3 * hidden) to three times (batch, heads, tokens, head size)
+        query, key, value = self.qkv_proj(hidden_states).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
+        output, weights = attention(self, query, key, value, None, dropout=dropout, scaling=self.scaling, **kwargs)
+        return self.o_proj(output.flatten(-2)), weights
+
+
+class PersonViTMLP(nn.Module):
+    """Two linear layers with the activation between."""
+
+    def __init__(self, config: PersonViTConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation(self.fc1(hidden_states)))
+
+
+class PersonViTLayer(GradientCheckpointingLayer):
+    """Pre-norm transformer layer with stochastic depth."""
+
+    def __init__(self, config: PersonViTConfig, drop_path_rate: float):
+        super().__init__()
+        self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = PersonViTAttention(config)
+        self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = PersonViTMLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.drop_path_rate = drop_path_rate
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        attended, _ = self.attention(self.layernorm_before(hidden_states), **kwargs)
+        hidden_states = hidden_states + self.drop(attended)
+        return hidden_states + self.drop(self.mlp(self.layernorm_after(hidden_states)))
+
+    def drop(self, branch: torch.Tensor) -> torch.Tensor:
+        """Dropout, then stochastic depth by image."""
+        return stochastic_depth(self.dropout(branch), self.drop_path_rate, "row", self.training)
+
+
+class PersonViTPreTrainedModel(PreTrainedModel):
+    """What all PersonViT models share: configuration, initialisation, and what their checkpoints may lack."""
+
+    config_class = PersonViTConfig
+    base_model_prefix = "personvit"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["PersonViTEmbeddings", "PersonViTLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": PersonViTLayer, "attentions": PersonViTAttention}
+    _input_embed_layer = "patch_embeddings"
+    # Every checkpoint's backbone loads into every class: heads and student of a pre-training run, the ReID head, and
+    # a mask token that fine-tuned models no longer have are left aside without a warning.
+    _keys_to_ignore_on_load_missing = [r"embeddings\.mask_token$"]
+    _keys_to_ignore_on_load_unexpected = [
+        r"^student\.",
+        r"^(student|teacher)_head\.",
+        r"^(patch_)?center$",
+        r"^(bottleneck|classifier)\.",
+        r"embeddings\.mask_token$",
+    ]
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """transformers' `from_pretrained`; frozen parameters stay frozen, which loading forgets."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze()
+        return loaded
+
+    def save_pretrained(self, *args, **kwargs):
+        """transformers' `save_pretrained`, which puts the code files beside the weights: without this package,
+        `AutoModel` finds the backbone in them whichever class was saved."""
+        self.config.auto_map = {
+            "AutoConfig": "configuration_personvit.PersonViTConfig",
+            "AutoModel": "modeling_personvit.PersonViTModel",
+        }
+        super().save_pretrained(*args, **kwargs)
+
+    def freeze(self) -> None:
+        """Freezes what the model never trains: nothing, in the backbone."""
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Truncated normal weights and zero biases, as DINO and iBOT; the mask token starts at zero."""
+        std = self.config.initializer_range
+        if isinstance(module, PersonViTEmbeddings):
+            init.trunc_normal_(module.cls_token, std=std)
+            init.trunc_normal_(module.position_embeddings, std=std)
+            if module.mask_token is not None:
+                init.zeros_(module.mask_token)
+            if module.side_embeddings is not None:
+                init.trunc_normal_(module.side_embeddings, std=std)
+        elif isinstance(module, nn.Linear):
+            init.trunc_normal_(module.weight, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):
+            # DINO and iBOT leave the patch projection at PyTorch's default; at 0.02 colours would start out weaker
+            init.kaiming_uniform_(module.weight, a=5**0.5)
+            bound = module.weight[0].numel() ** -0.5
+            init.uniform_(module.bias, -bound, bound)
+        else:
+            super()._init_weights(module)
+
+
+class PersonViTModel(PersonViTPreTrainedModel):
+    r"""
+    The PersonViT backbone: a plain pre-norm ViT whose [CLS] token is the person's feature.
+
+    Args:
+        config: A [`PersonViTConfig`].
+        use_mask_token: Whether patches can be masked (`bool_masked_pos`).
+    """
+
+    def __init__(self, config: PersonViTConfig, use_mask_token: bool = True):
+        super().__init__(config)
+        self.embeddings = PersonViTEmbeddings(config, use_mask_token)
+        depth = config.num_hidden_layers
+        self.layers = nn.ModuleList(
+            PersonViTLayer(config, config.drop_path_rate * index / max(depth - 1, 1)) for index in range(depth)
+        )
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        bool_masked_pos: torch.Tensor | None = None,
+        camera_ids: torch.Tensor | None = None,
+        view_ids: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        r"""
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(batch, num_channels, height, width)`):
+                Normalised images of any height and width that the patch size divides. At another size than
+                `config.image_size`, position embeddings are interpolated.
+            bool_masked_pos (`torch.BoolTensor` of shape `(batch, patches)` or `(batch, rows, columns)`, *optional*):
+                True where a patch is replaced by the mask token.
+            camera_ids (`torch.LongTensor` of shape `(batch,)`, *optional*):
+                Cameras from 0, for models with `num_cameras`. None adds no side information.
+            view_ids (`torch.LongTensor` of shape `(batch,)`, *optional*):
+                Viewpoints from 0, for models with `num_views`.
+
+        Returns:
+            `last_hidden_state` (batch, 1 + patches, hidden) after the final LayerNorm, [CLS] first, and
+            `pooler_output` (batch, hidden), its [CLS] token. `hidden_states`, if asked for, are those before the
+            final LayerNorm.
+
+        Raises:
+            ValueError: if the image can't be cut into patches, or masks or ids don't fit.
+        """
+        pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
+        hidden_states = self.embeddings(pixel_values, bool_masked_pos, camera_ids, view_ids)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, **kwargs)
+        tokens = self.layernorm(hidden_states)
+        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=tokens[:, 0])
+
+
+def batch_hard_triplet_loss(
+    embeddings: torch.Tensor, labels: torch.Tensor, margin: float | None = None
+) -> torch.Tensor:
+    """Triplet loss with each anchor's farthest positive and nearest negative in the batch.
+
+    Args:
+        embeddings: float (batch, hidden).
+        labels: int (batch,), the person of each embedding.
+        margin: None for the soft margin log(1 + exp(positive - negative)), else max(0, positive - negative + margin).
+
+    Returns:
+        Scalar, the mean over anchors. The anchor counts among its own positives (distance about 0).
+
+    Source:
+        Hermans et al., arXiv 1703.07737, batch hard; distances are sqrt(max(squared, 1e-12)) as in PersonViT's
+        `transreid_pytorch/loss/triplet_loss.py`, which this equals when every person has equally many images.
+    """
+    embeddings = embeddings.float() if embeddings.dtype in (torch.float16, torch.bfloat16) else embeddings
+    squared_norms = embeddings.square().sum(1)
+    with torch.autocast(embeddings.device.type, enabled=False):
+        products = embeddings @ embeddings.T
+    squared = squared_norms[:, None] + squared_norms[None, :] - 2 * products
+    distances = squared.clamp(min=1e-12).sqrt()
+    same = labels[:, None] == labels[None, :]
+    hardest_positive = distances.masked_fill(~same, 0.0).amax(1)
+    hardest_negative = distances.masked_fill(same, torch.inf).amin(1)
+    if margin is None:
+        return nn.functional.softplus(hardest_positive - hardest_negative).mean()
+    return (hardest_positive - hardest_negative + margin).clamp(min=0).mean()
+
+
+@dataclass
+class PersonViTForReIDOutput(ModelOutput):
+    r"""
+    Output of [`PersonViTForReID`].
+
+    Args:
+        loss (scalar, when `labels` are given): Weighted sum of ID and triplet loss.
+        id_loss (scalar): Cross-entropy of `logits`, in nats.
+        triplet_loss (scalar): Batch-hard triplet loss of the features before the BNNeck.
+        logits (`torch.FloatTensor` of shape `(batch, num_labels)`): Scores of the training identities.
+        embeddings (`torch.FloatTensor` of shape `(batch, hidden)`): The retrieval feature, not normalised.
+        hidden_states, attentions: of the backbone, when asked for.
+    """
+
+    loss: torch.FloatTensor | None = None
+    id_loss: torch.FloatTensor | None = None
+    triplet_loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    embeddings: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+class PersonViTForReID(PersonViTPreTrainedModel):
+    r"""
+    Backbone, BNNeck and ID classifier (Luo et al., arXiv 1903.07071): the [CLS] feature feeds the triplet loss, its
+    batch-normalised form the classifier. `config.num_labels` is the number of training identities.
+    """
+
+    def __init__(self, config: PersonViTConfig):
+        super().__init__(config)
+        self.personvit = PersonViTModel(config, use_mask_token=False)
+        self.bottleneck = nn.BatchNorm1d(config.hidden_size)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.freeze()
+        self.post_init()
+
+    def freeze(self) -> None:
+        """The BNNeck has no trained bias (arXiv 1903.07071, sec. 3.6)."""
+        self.bottleneck.bias.requires_grad_(False)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """A classifier that starts near zero, as in the BNNeck paper's code; the rest as everywhere."""
+        if module is self.classifier:
+            init.normal_(module.weight, std=0.001)
+        else:
+            super()._init_weights(module)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        camera_ids: torch.Tensor | None = None,
+        view_ids: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> PersonViTForReIDOutput:
+        r"""
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(batch, num_channels, height, width)`): Normalised images.
+            labels (`torch.LongTensor` of shape `(batch,)`, *optional*): Identities from 0 to `num_labels` - 1; gives
+                the losses. The batch should hold several images of each of several identities.
+            camera_ids, view_ids (`torch.LongTensor` of shape `(batch,)`, *optional*): See [`PersonViTModel`].
+
+        Raises:
+            ValueError: if a label is out of range, or the backbone refuses its input.
+        """
+        outputs = self.personvit(pixel_values, camera_ids=camera_ids, view_ids=view_ids, **kwargs)
+        feature = outputs.pooler_output
+        normalized = self.bottleneck(feature)
+        logits = self.classifier(normalized)
+
+        loss = id_loss = triplet_loss = None
+        if labels is not None:
+            check_range("labels", labels, self.config.num_labels, "num_labels")
+            id_loss = nn.functional.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
+            triplet_loss = batch_hard_triplet_loss(feature, labels, self.config.triplet_margin)
+            loss = self.config.id_loss_weight * id_loss + self.config.triplet_loss_weight * triplet_loss
+        return PersonViTForReIDOutput(
+            loss=loss,
+            id_loss=id_loss,
+            triplet_loss=triplet_loss,
+            logits=logits,
+            embeddings=feature if self.config.neck_feature == "before" else normalized,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = ["PersonViTForReID", "PersonViTModel", "PersonViTPreTrainedModel"]

@@ -1,0 +1,369 @@
+"""PersonViT's pre-training: student, teacher, projection heads, and the DINO and MIM losses."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import ModelOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_personvit import PersonViTConfig
+from .modeling_personvit import PersonViTModel, PersonViTPreTrainedModel
+
+
+class PersonViTPrototypes(nn.Module):
+    """Weight-normalised linear layer without bias: row k of the weight is gain[k] * direction[k] / |direction[k]|.
+
+    The gains of new models are 1; `norm_last_layer` keeps them fixed (iBOT `models/head.py`, `last_layer`).
+    """
+
+    def __init__(self, config: PersonViTConfig, num_prototypes: int):
+        super().__init__()
+        self.direction = nn.Parameter(torch.empty(num_prototypes, config.projection_bottleneck_size))
+        self.gain = nn.Parameter(torch.ones(num_prototypes, 1))
+
+    def forward(self, bottleneck: torch.Tensor) -> torch.Tensor:
+        """(..., bottleneck) to logits (..., prototypes)."""
+        return nn.functional.linear(bottleneck, self.gain * nn.functional.normalize(self.direction, dim=1))
+
+
+class PersonViTProjectionHead(nn.Module):
+    """MLP of three layers, L2 normalisation, then the prototypes of the [CLS] token and of the patch tokens."""
+
+    def __init__(self, config: PersonViTConfig, shared: bool):
+        super().__init__()
+        hidden = config.projection_hidden_size
+        self.mlp = nn.Sequential(
+            nn.Linear(config.hidden_size, hidden),
+            ACT2FN["gelu"],
+            nn.Linear(hidden, hidden),
+            ACT2FN["gelu"],
+            nn.Linear(hidden, config.projection_bottleneck_size),
+        )
+        self.cls_prototypes = PersonViTPrototypes(config, config.num_cls_prototypes)
+        self.patch_prototypes = None if shared else PersonViTPrototypes(config, config.num_patch_prototypes)
+
+    def project(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens (..., hidden) to unit vectors (..., bottleneck)."""
+        return nn.functional.normalize(self.mlp(tokens), dim=-1)
+
+    def cls_logits(self, bottleneck: torch.Tensor) -> torch.Tensor:
+        """Unit vectors of [CLS] tokens to (..., num_cls_prototypes)."""
+        return self.cls_prototypes(bottleneck)
+
+    def patch_logits(self, bottleneck: torch.Tensor) -> torch.Tensor:
+        """Unit vectors of patch tokens to (..., patch prototypes)."""
+        return (self.patch_prototypes or self.cls_prototypes)(bottleneck)
+
+    def drop_prototype_gradients(self) -> None:
+        """Forgets the prototypes' gradients, so that the optimizer leaves them as they are (DINO, first epoch)."""
+        for prototypes in (self.cls_prototypes, self.patch_prototypes):
+            for parameter in prototypes.parameters() if prototypes is not None else ():
+                parameter.grad = None
+
+
+def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in float32, or as it is where it is wider: losses and means are not taken in half precision."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def teacher_probabilities(logits: torch.Tensor, center: torch.Tensor, temperature: float) -> torch.Tensor:
+    """softmax((logits - center) / temperature) over the last axis, in at least float32 (iBOT, eq. 1; DINO, eq. 1)."""
+    return (at_least_float32(logits) - center).div(temperature).softmax(-1)
+
+
+def student_log_probabilities(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """log softmax(logits / temperature) over the last axis, in at least float32."""
+    return at_least_float32(logits).div(temperature).log_softmax(-1)
+
+
+def dino_loss(student: torch.Tensor, teacher: torch.Tensor, num_student_global: int = 2) -> torch.Tensor:
+    """Cross-entropy of every student view with the teacher's other global views.
+
+    Args:
+        student: float (batch, S, prototypes), log probabilities: `num_student_global` global views, the teacher's
+            two in turn (0, 1, 0, 1, ...), then the local views.
+        teacher: float (batch, 2, prototypes), probabilities of the two global views.
+        num_student_global: How many of the S views are global; a multiple of 2.
+
+    Returns:
+        Scalar in nats: the mean over the batch and over the pairs (teacher view, student view) of different views.
+
+    Source:
+        iBOT `main_ibot.py`, `iBOTLoss`, and DINO (arXiv 2104.14294), eq. 3.
+    """
+    student_global, student_local = student.split([num_student_global, student.shape[1] - num_student_global], dim=1)
+    other_view = teacher.flip(1).repeat(1, num_student_global // 2, 1)
+    total = -(other_view * student_global).sum()
+    # both teacher views are other views of a local crop, so their sum meets each crop once
+    total = total - (teacher.sum(1, keepdim=True) * student_local).sum()
+    num_pairs = num_student_global + 2 * student_local.shape[1]
+    return total / (num_pairs * student.shape[0])
+
+
+def mim_loss(student: torch.Tensor, teacher: torch.Tensor, bool_masked_pos: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of the masked patches with the teacher's view of them, averaged per image.
+
+    Args:
+        student: float (masked, prototypes), log probabilities of the masked patches only.
+        teacher: float (masked, prototypes), probabilities of the same patches.
+        bool_masked_pos: bool (images, patches); its True entries, row by row, are the masked patches.
+
+    Returns:
+        Scalar in nats: the mean over images of the mean over an image's masked patches. An image without any adds 0.
+
+    Source:
+        iBOT `main_ibot.py`, `iBOTLoss` (arXiv 2111.07832, eq. 2).
+    """
+    masked_in_image = bool_masked_pos.sum(1)
+    weight = 1.0 / masked_in_image.clamp(min=1) / bool_masked_pos.shape[0]
+    weight = weight.repeat_interleave(masked_in_image, output_size=student.shape[0])
+    return -((teacher * student).sum(-1) * weight).sum()
+
+
+@dataclass
+class PersonViTForPreTrainingOutput(ModelOutput):
+    r"""
+    Output of [`PersonViTForPreTraining`]; B images, L local crops.
+
+    Args:
+        loss (scalar): `dino_loss_weight * dino_loss + mim_loss_weight * mim_loss`.
+        dino_loss (scalar): [CLS] loss, in nats, unweighted.
+        mim_loss (scalar): Masked patch loss, in nats, unweighted.
+        student_cls_logits (`torch.FloatTensor` of shape `(B, 2 + L, num_cls_prototypes)`, with `output_logits`):
+            Before the temperature; global views first.
+        student_patch_logits (`torch.FloatTensor` of shape `(masked, patch prototypes)`, with `output_logits`):
+            Of the masked patches, in the order of `bool_masked_pos`.
+        teacher_cls_logits (`torch.FloatTensor` of shape `(B, 2, num_cls_prototypes)`, with `output_logits`):
+            Before centering.
+        teacher_patch_logits (`torch.FloatTensor` of shape `(masked, patch prototypes)`, with `output_logits`):
+            Before centering.
+        hidden_states, attentions: of the student's (masked) global views, (2 * B, ...), when asked for.
+    """
+
+    loss: torch.FloatTensor | None = None
+    dino_loss: torch.FloatTensor | None = None
+    mim_loss: torch.FloatTensor | None = None
+    student_cls_logits: torch.FloatTensor | None = None
+    student_patch_logits: torch.FloatTensor | None = None
+    teacher_cls_logits: torch.FloatTensor | None = None
+    teacher_patch_logits: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+class PersonViTForPreTraining(PersonViTPreTrainedModel):
+    r"""
+    Student and teacher with their projection heads; the forward pass computes the DINO and MIM losses.
+
+    The teacher's backbone is `personvit`, so that `AutoModel.from_pretrained` on a pre-training checkpoint gives it;
+    the student's is `student`. The teacher takes no gradient: after each optimizer step call
+    [`~PersonViTForPreTraining.update_teacher`]. In training mode each forward pass moves the centers.
+    """
+
+    main_input_name = "global_pixel_values"
+
+    def __init__(self, config: PersonViTConfig):
+        super().__init__(config)
+        shared = config.share_projection_head
+        teacher_shared = config.share_teacher_projection_head
+        teacher_shared = shared if teacher_shared is None else teacher_shared
+        self.student = PersonViTModel(config)
+        self.student_head = PersonViTProjectionHead(config, shared)
+        self.personvit = PersonViTModel(config)
+        self.teacher_head = PersonViTProjectionHead(config, teacher_shared)
+        num_patch_prototypes = config.num_cls_prototypes if teacher_shared else config.num_patch_prototypes
+        self.register_buffer("center", torch.zeros(config.num_cls_prototypes))
+        self.register_buffer("patch_center", torch.zeros(num_patch_prototypes))
+        self.freeze()
+        self.post_init()
+
+    def freeze(self) -> None:
+        """The teacher takes no gradient, nor do the student's gains with `norm_last_layer`."""
+        self.personvit.requires_grad_(False)
+        self.teacher_head.requires_grad_(False)
+        for prototypes in (self.student_head.cls_prototypes, self.student_head.patch_prototypes):
+            if prototypes is not None:
+                prototypes.gain.requires_grad_(not self.config.norm_last_layer)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Prototypes as PyTorch's linear layer; teacher and student start equal, whichever of them was loaded."""
+        if isinstance(module, PersonViTPrototypes):
+            bound = module.direction.shape[1] ** -0.5
+            init.uniform_(module.direction, -bound, bound)
+            init.ones_(module.gain)
+        elif module is self:
+            for teacher, student in self.teacher_student_pairs():
+                if getattr(teacher, "_is_hf_initialized", False):
+                    init.copy_(student, teacher)
+                else:
+                    init.copy_(teacher, student)
+            init.zeros_(self.center)
+            init.zeros_(self.patch_center)
+        else:
+            super()._init_weights(module)
+
+    def train(self, mode: bool = True) -> "PersonViTForPreTraining":
+        """Sets the student's mode; the teacher always predicts without dropout and stochastic depth."""
+        super().train(mode)
+        self.personvit.eval()
+        self.teacher_head.eval()
+        return self
+
+    def teacher_student_pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        """Each teacher parameter with the student's of the same name."""
+        pairs = []
+        for teacher, student in ((self.personvit, self.student), (self.teacher_head, self.student_head)):
+            by_name = dict(student.named_parameters())
+            pairs += [(parameter, by_name[name]) for name, parameter in teacher.named_parameters()]
+        return pairs
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float) -> None:
+        """Moves the teacher towards the student: teacher = momentum * teacher + (1 - momentum) * student.
+
+        Args:
+            momentum: In [0, 1]; 0.996 rising to 1 in the usual recipe. Call it once after each optimizer step.
+
+        Raises:
+            ValueError: if the momentum lies outside [0, 1].
+        """
+        if not 0.0 <= momentum <= 1.0:
+            raise ValueError(f"`momentum` must lie in [0, 1], got {momentum}.")
+        teacher, student = zip(*self.teacher_student_pairs(), strict=True)
+        torch._foreach_lerp_(teacher, student, 1.0 - momentum)
+
+    @torch.no_grad()
+    def _update_centers(self, cls_logits: torch.Tensor, patch_bottleneck: torch.Tensor) -> None:
+        """Moves both centers towards the mean of the raw teacher logits over the batch of all processes.
+
+        The patch center averages all patches, masked or not (iBOT). Their logits are linear in the bottleneck, so
+        the prototypes are applied once, to the mean.
+        """
+        prototypes = self.teacher_head.patch_prototypes or self.teacher_head.cls_prototypes
+        with torch.autocast(cls_logits.device.type, enabled=False):
+            patch_mean = at_least_float32(patch_bottleneck).mean((0, 1)).to(prototypes.direction.dtype)
+            means = at_least_float32(cls_logits).mean(0), prototypes(patch_mean)
+        for center, mean in zip((self.center, self.patch_center), means, strict=True):
+            mean = mean.to(center.dtype)
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.all_reduce(mean)
+                mean = mean / torch.distributed.get_world_size()
+            center.lerp_(mean, 1.0 - self.config.center_momentum)
+
+    @can_return_tuple
+    def forward(
+        self,
+        global_pixel_values: torch.Tensor,
+        local_pixel_values: torch.Tensor | None = None,
+        bool_masked_pos: torch.Tensor | None = None,
+        teacher_temperature: float = 0.04,
+        teacher_patch_temperature: float = 0.04,
+        output_logits: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> PersonViTForPreTrainingOutput:
+        r"""
+        Args:
+            global_pixel_values (`torch.FloatTensor` of shape `(batch, 2, num_channels, height, width)`):
+                The two global crops of each image, normalised.
+            local_pixel_values (`torch.FloatTensor` of shape `(batch, L, num_channels, h, w)`, *optional*):
+                The local crops of each image.
+            bool_masked_pos (`torch.BoolTensor` of shape `(batch, 2, patches)` or `(batch, 2, rows, columns)`,
+                *optional*): True where the student's global crop is masked. None masks nothing, and `mim_loss` is 0.
+            teacher_temperature (`float`): Temperature of the teacher's [CLS] softmax.
+            teacher_patch_temperature (`float`): Temperature of the teacher's patch softmax.
+            output_logits (`bool`): Whether to return the logits, which are large.
+
+        Raises:
+            ValueError: if an input has another shape.
+        """
+        batch_size, num_global = self._check_views(global_pixel_values, local_pixel_values, bool_masked_pos)
+        views = global_pixel_values.flatten(0, 1)
+        grid = self.config.patch_grid(*views.shape[-2:])
+        if bool_masked_pos is None:
+            masks = torch.zeros(len(views), grid[0] * grid[1], dtype=torch.bool, device=views.device)
+        else:
+            masks = bool_masked_pos.reshape(len(views), -1).bool()
+
+        with torch.no_grad():
+            teacher_tokens = self.personvit(views).last_hidden_state
+            teacher_bottleneck = self.teacher_head.project(teacher_tokens)
+            teacher_cls = self.teacher_head.cls_logits(teacher_bottleneck[:, 0])
+            teacher_patches = self.teacher_head.patch_logits(teacher_bottleneck[:, 1:][masks])
+            cls_targets = teacher_probabilities(teacher_cls, self.center, teacher_temperature)
+            patch_targets = teacher_probabilities(teacher_patches, self.patch_center, teacher_patch_temperature)
+
+        masked = self.student(views, bool_masked_pos=masks, **kwargs)
+        cls_tokens = [masked.pooler_output.unflatten(0, (batch_size, num_global))]
+        if self.config.student_sees_unmasked_global:
+            cls_tokens.append(self.student(views).pooler_output.unflatten(0, (batch_size, num_global)))
+        num_student_global = num_global * len(cls_tokens)
+        if local_pixel_values is not None and local_pixel_values.shape[1] > 0:
+            local = self.student(local_pixel_values.flatten(0, 1)).pooler_output
+            cls_tokens.append(local.unflatten(0, local_pixel_values.shape[:2]))
+        student_cls = self.student_head.cls_logits(self.student_head.project(torch.cat(cls_tokens, dim=1)))
+        student_patches = self.student_head.patch_logits(
+            self.student_head.project(masked.last_hidden_state[:, 1:][masks])
+        )
+
+        temperature = self.config.student_temperature
+        cls_loss = dino_loss(
+            student_log_probabilities(student_cls, temperature),
+            cls_targets.unflatten(0, (batch_size, num_global)),
+            num_student_global,
+        )
+        patch_loss = mim_loss(student_log_probabilities(student_patches, temperature), patch_targets, masks)
+        if self.training:
+            self._update_centers(teacher_cls, teacher_bottleneck[:, 1:])
+        logits = {}
+        if output_logits:
+            logits = {
+                "student_cls_logits": student_cls,
+                "student_patch_logits": student_patches,
+                "teacher_cls_logits": teacher_cls.unflatten(0, (batch_size, num_global)),
+                "teacher_patch_logits": teacher_patches,
+            }
+        return PersonViTForPreTrainingOutput(
+            loss=self.config.dino_loss_weight * cls_loss + self.config.mim_loss_weight * patch_loss,
+            dino_loss=cls_loss,
+            mim_loss=patch_loss,
+            hidden_states=masked.hidden_states,
+            attentions=masked.attentions,
+            **logits,
+        )
+
+    def _check_views(
+        self,
+        global_pixel_values: torch.Tensor,
+        local_pixel_values: torch.Tensor | None,
+        bool_masked_pos: torch.Tensor | None,
+    ) -> tuple[int, int]:
+        """(batch, 2), after checking that views and masks belong together."""
+        shape = tuple(global_pixel_values.shape)
+        channels = self.config.num_channels
+        if len(shape) != 5 or shape[1:3] != (2, channels):
+            raise ValueError(f"`global_pixel_values` must be (batch, 2, {channels}, height, width), got {shape}.")
+        if local_pixel_values is not None:
+            local = tuple(local_pixel_values.shape)
+            if len(local) != 5 or local[0] != shape[0] or local[2] != channels:
+                raise ValueError(
+                    f"`local_pixel_values` must be (batch, crops, {channels}, height, width) with batch {shape[0]} "
+                    f"like `global_pixel_values`, got {local}."
+                )
+        rows, columns = self.config.patch_grid(*shape[-2:])
+        if bool_masked_pos is not None:
+            expected = (shape[0], 2, rows * columns), (shape[0], 2, rows, columns)
+            if tuple(bool_masked_pos.shape) not in expected:
+                raise ValueError(
+                    f"`bool_masked_pos` must be (batch, 2, patches) = {expected[0]} or {expected[1]} for these "
+                    f"images, got {tuple(bool_masked_pos.shape)}."
+                )
+        return shape[0], shape[1]
+
+
+__all__ = ["PersonViTForPreTraining"]
