@@ -1,0 +1,17 @@
+"""Settings every test shares; they must stand before the first import of a Hugging Face library."""
+
+import atexit
+import os
+import tempfile
+
+from hypothesis import settings
+
+# Tests neither reach the Hub nor read or fill the caches and the accelerate configuration of whoever runs them.
+_hugging_face_home = tempfile.TemporaryDirectory(prefix="personvit-tests-")
+atexit.register(_hugging_face_home.cleanup)
+os.environ["HF_HOME"] = _hugging_face_home.name
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+# The same examples in every run, and no failure because a machine is busy.
+settings.register_profile("reproducible", derandomize=True, deadline=None)
+settings.load_profile("reproducible")
