@@ -1,0 +1,1 @@
+"""Folder for `evaluate.load`: the ReID metric and the ranking behind it."""

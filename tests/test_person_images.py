@@ -1,0 +1,282 @@
+import io
+import logging
+import os
+import pickle
+import zlib
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from personvit_hf.person_images import (
+    BrokenImage,
+    BrokenImageBudget,
+    PersonImages,
+    decode_image,
+    load_person_images,
+    split_broken,
+)
+
+DEMO = Path(__file__).parents[1] / "examples" / "data"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+def picture(mode="RGB", size=(3, 5), format="PNG", **options):
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    content = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(content, format, **options)
+    return content.getvalue()
+
+
+def paths(rows):
+    return [image["path"] for image in rows["image"]]
+
+
+@pytest.fixture
+def tree(tmp_path):
+    root = tmp_path / "tree"
+    for name in ("b/2.png", "b/10.JPG", "a/deep/3.webp", "c.bmp", "d.jpeg"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(picture(format="JPEG"))
+    for name in ("notes.txt", "b/._2.png", ".hidden.png"):
+        (root / name).write_bytes(b"?")
+    return root
+
+
+def test_folder_tree(tree):
+    rows = load_person_images(tree)
+    assert [os.path.relpath(path, tree) for path in paths(rows)] == [
+        "a/deep/3.webp", "b/10.JPG", "b/2.png", "c.bmp", "d.jpeg"
+    ]  # fmt: skip
+    assert rows.column_names == ["image"]
+    assert rows.features["image"] == datasets.Image(decode=False)
+    assert rows[0]["image"]["bytes"] is None
+    assert PersonImages(rows)[0].shape == (5, 3, 3)
+
+
+def test_links_are_followed_once(tree, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "far.png").write_bytes(picture())
+    (tree / "linked").symlink_to(other)
+    (tree / "loop").symlink_to(tree)
+    (tree / "file.png").symlink_to(other / "far.png")
+    names = [os.path.relpath(path, tree) for path in paths(load_person_images(tree))]
+    assert len(names) == len(set(names)) == 7
+    assert {"linked/far.png", "file.png"} <= set(names)
+
+
+def parquet(path, config_rows=3):
+    images = [{"bytes": picture(size=(3, 5 + index)), "path": f"{index}.png"} for index in range(config_rows)]
+    features = datasets.Features({"image": datasets.Image(), "frame": datasets.Value("int64")})
+    datasets.Dataset.from_dict({"image": images, "frame": range(config_rows)}, features).to_parquet(path)
+
+
+@pytest.mark.parametrize("whole_folder", [True, False])
+def test_parquet(tmp_path, whole_folder):
+    root = tmp_path / "shards"
+    root.mkdir()
+    parquet(root / "train-0.parquet")
+    rows = load_person_images(root if whole_folder else str(root / "train-0.parquet"))
+    assert rows.column_names == ["image"]
+    assert [image.shape for image in PersonImages(rows)] == [(5, 3, 3), (6, 3, 3), (7, 3, 3)]
+    assert rows[0]["image"]["bytes"] == picture(size=(3, 5))
+
+
+def test_unlabelled_config(tmp_path):
+    root = tmp_path / "data"
+    root.mkdir()
+    parquet(root / "train.parquet", 1)
+    parquet(root / "crops.parquet", 4)
+    (root / "README.md").write_text(
+        "---\nconfigs:\n- config_name: labelled\n  default: true\n  data_files: train.parquet\n"
+        "- config_name: unlabelled\n  data_files: crops.parquet\n---\n"
+    )
+    assert len(load_person_images(root)) == 4
+
+
+def test_demo_data():
+    rows = load_person_images(DEMO)
+    assert len(rows) >= 300
+    images = PersonImages(rows)
+    assert all(images[index].dtype == np.uint8 for index in range(0, len(images), 50))
+    assert sum(file.stat().st_size for file in DEMO.rglob("*")) <= 6e6
+
+
+@pytest.mark.parametrize("name", ["./missing", "/missing", "missing", "missing/deep/er"])
+def test_missing_path(name):
+    with pytest.raises(FileNotFoundError, match=f"{name}: no such file or folder"):
+        load_person_images(name)
+
+
+def test_nothing_usable(tmp_path):
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(ValueError, match=f"{tmp_path}: no image"):
+        load_person_images(tmp_path)
+    with pytest.raises(ValueError, match="notes.txt: expected a folder"):
+        load_person_images(tmp_path / "notes.txt")
+    datasets.Dataset.from_dict({"picture": [1]}).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match="no column `image`; found picture"):
+        load_person_images(tmp_path / "train.parquet")
+    (tmp_path / "train.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(ValueError, match="train.parquet.*can't be read"):
+        load_person_images(tmp_path / "train.parquet")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "1"])
+def test_decode_modes(mode):
+    content = picture(mode)
+    image = decode_image(content)
+    assert (image.shape, image.dtype, image.flags.writeable) == ((5, 3, 3), np.uint8, True)
+    np.testing.assert_array_equal(image, np.asarray(Image.open(io.BytesIO(content)).convert("RGB")))
+
+
+def test_decode_sources(tmp_path):
+    content = picture()
+    (tmp_path / "a.png").write_bytes(content)
+    expected = decode_image(content)
+    for source in (
+        tmp_path / "a.png",
+        str(tmp_path / "a.png"),
+        {"bytes": content, "path": "gone.png"},
+        {"bytes": None, "path": str(tmp_path / "a.png")},
+    ):
+        np.testing.assert_array_equal(decode_image(source), expected)
+
+
+def test_exif_orientation_is_applied():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera lay on its side
+    content = picture(exif=exif)
+    np.testing.assert_array_equal(decode_image(content), np.rot90(decode_image(picture()), k=-1))
+
+
+def claims_to_be_huge():
+    """A PNG of a few bytes whose header says 8000 x 8000."""
+    header = b"IHDR" + (8000).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
+    end = b"IEND"
+    chunks = b"".join(
+        (len(chunk) - 4).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big") for chunk in (header, end)
+    )
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not an image of a kind"),
+        (b"hello", "not an image of a kind"),
+        (b"\xff\xd8\xff\xe0hello", ""),
+        (picture(format="JPEG", size=(64, 64))[:-900], "truncated"),
+        (picture(format="GIF"), "not an image of a kind.*JPEG, PNG"),
+        (claims_to_be_huge(), "8000 x 8000 pixels"),
+        ("/missing/file.jpg", "No such file"),
+        ({"bytes": None, "path": None}, "no image data"),
+    ],
+)
+def test_broken_images(content, message):
+    with pytest.raises(ValueError, match=f"crop 7: .*{message}"):
+        decode_image(content, "crop 7")
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 400), st.binary(min_size=1, max_size=30), st.sampled_from(["PNG", "JPEG", "BMP", "WEBP"]))
+def test_damaged_bytes_are_an_image_or_a_value_error(position, damage, format):
+    content = bytearray(picture(format=format))
+    content[position : position + len(damage)] = damage
+    try:
+        image = decode_image(bytes(content))
+    except ValueError:
+        return
+    assert image.ndim == 3 and image.dtype == np.uint8
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """Ten images of which two are broken."""
+    contents = [picture(format="JPEG") for _ in range(10)]
+    contents[3] = b"broken"
+    contents[8] = None
+    images = [
+        {"bytes": content, "path": None if index == 3 else f"{index}.jpg"} for index, content in enumerate(contents)
+    ]
+    features = datasets.Features({"image": datasets.Image(), "person_id": datasets.Value("int64")})
+    return datasets.Dataset.from_dict({"image": images, "person_id": range(10)}, features)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loader_keeps_the_good_ones(mixed, workers):
+    images = PersonImages(mixed)
+    loader = torch.utils.data.DataLoader(images, batch_size=5, num_workers=workers, collate_fn=split_broken)
+    batches = list(loader)
+    assert [len(good) for good, _ in batches] == [4, 4]
+    assert [broken[0].name for _, broken in batches] == ["row 3", "row 8 (8.jpg)"]
+    assert all(broken[0].reason.startswith(broken[0].name) for _, broken in batches)
+    np.testing.assert_array_equal(batches[0][0][0], images[0])
+
+
+def test_item_depends_on_its_index_alone(mixed):
+    images = PersonImages(mixed)
+    copy = pickle.loads(pickle.dumps(images))
+    for index in (9, 3, 0, 9):
+        np.testing.assert_array_equal(images[index], copy[np.int64(index)])
+    with pytest.raises(IndexError):
+        images[10]
+
+
+def test_empty_row_is_broken():
+    rows = datasets.Dataset.from_dict({"image": [None]}, datasets.Features({"image": datasets.Image()}))
+    assert PersonImages(rows)[0] == BrokenImage(
+        "row 0", "row 0: no image data; expected the bytes or the path of an image."
+    )
+
+
+def broken(*indices):
+    return [BrokenImage(f"row {index}", f"row {index}: cut off") for index in indices]
+
+
+def test_budget_stops_over_the_share():
+    budget = BrokenImageBudget(max_share=0.02, min_seen=100)
+    budget.count(broken(0, 1), 50)  # 4%, too early to tell
+    budget.count([], 50)  # 2% of 100 is within
+    with pytest.raises(RuntimeError, match=r"3 of 101 images.*0\.02(.|\n)*row 1: cut off\nrow 2: cut off"):
+        budget.count(broken(2), 1)
+
+
+def test_budget_at_the_end_of_an_epoch():
+    budget = BrokenImageBudget(max_share=0.1, min_seen=1000)
+    budget.count(broken(0), 10)
+    assert budget.end_epoch() == 1
+    budget.count(broken(0), 9)
+    with pytest.raises(RuntimeError, match="1 of 9"):
+        budget.end_epoch()
+
+
+def test_budget_reports_each_image_once(caplog):
+    caplog.set_level(logging.WARNING)
+    budget = BrokenImageBudget(max_share=1.0)
+    for _ in range(3):
+        budget.count(broken(5), 10)
+    assert caplog.text.count("row 5: cut off") == 1
+    assert budget.end_epoch() == 3
+    assert "3 of 30 images were broken" in caplog.text
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
+def test_budget_share_out_of_range(share):
+    with pytest.raises(ValueError, match="max_share"):
+        BrokenImageBudget(max_share=share)
+
+
+def test_split_broken_keeps_the_order():
+    bad = broken(1, 2)
+    assert split_broken(["a", bad[0], (1, 2), bad[1], "b"]) == (["a", (1, 2), "b"], bad)
