@@ -119,7 +119,7 @@ class PersonViTConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         # PreTrainedConfig keeps unknown settings as attributes, so a misspelt one would be lost without a word.
         for name in kwargs:
-            close = difflib.get_close_matches(name, type(self).__annotations__, n=1, cutoff=0.8)
+            close = difflib.get_close_matches(name, type(self).__annotations__, n=1, cutoff=0.9)
             if close:
                 raise ValueError(f"PersonViTConfig has no setting `{name}`; did you mean `{close[0]}`?")
         self.image_size = list(self.image_size)
@@ -165,8 +165,8 @@ class PersonViTConfig(PreTrainedConfig):
         if not_tiled or stride < 1 or stride > size or height < size or width < size:
             raise ValueError(
                 f"An image of {height}x{width} pixels (height x width) can't be cut into patches of "
-                f"`patch_size={size}` with `patch_stride={stride}`: choose a height and width that are multiples of {size} (or at least "
-                f"{size} with a stride from 1 to {size - 1})."
+                f"`patch_size={size}` with `patch_stride={stride}`: choose a height and width that are multiples of "
+                f"{size} (or at least {size} with a stride from 1 to {size - 1})."
             )
         return (height - size) // stride + 1, (width - size) // stride + 1
 

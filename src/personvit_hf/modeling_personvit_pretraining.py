@@ -282,7 +282,7 @@ class PersonViTForPreTraining(PersonViTPreTrainedModel):
         Raises:
             ValueError: if an input has another shape.
         """
-        batch_size, num_global = self._check_views(global_pixel_values, local_pixel_values, bool_masked_pos)
+        self._check_views(global_pixel_values, local_pixel_values, bool_masked_pos)
         views = global_pixel_values.flatten(0, 1)
         grid = self.config.patch_grid(*views.shape[-2:])
         if bool_masked_pos is None:
@@ -299,14 +299,8 @@ class PersonViTForPreTraining(PersonViTPreTrainedModel):
             patch_targets = teacher_probabilities(teacher_patches, self.patch_center, teacher_patch_temperature)
 
         masked = self.student(views, bool_masked_pos=masks, **kwargs)
-        cls_tokens = [masked.pooler_output.unflatten(0, (batch_size, num_global))]
-        if self.config.student_sees_unmasked_global:
-            cls_tokens.append(self.student(views).pooler_output.unflatten(0, (batch_size, num_global)))
-        num_student_global = num_global * len(cls_tokens)
-        if local_pixel_values is not None and local_pixel_values.shape[1] > 0:
-            local = self.student(local_pixel_values.flatten(0, 1)).pooler_output
-            cls_tokens.append(local.unflatten(0, local_pixel_values.shape[:2]))
-        student_cls = self.student_head.cls_logits(self.student_head.project(torch.cat(cls_tokens, dim=1)))
+        cls_tokens, num_student_global = self._student_cls_tokens(masked.pooler_output, views, local_pixel_values)
+        student_cls = self.student_head.cls_logits(self.student_head.project(cls_tokens))
         student_patches = self.student_head.patch_logits(
             self.student_head.project(masked.last_hidden_state[:, 1:][masks])
         )
@@ -314,7 +308,7 @@ class PersonViTForPreTraining(PersonViTPreTrainedModel):
         temperature = self.config.student_temperature
         cls_loss = dino_loss(
             student_log_probabilities(student_cls, temperature),
-            cls_targets.unflatten(0, (batch_size, num_global)),
+            cls_targets.unflatten(0, (-1, 2)),
             num_student_global,
         )
         patch_loss = mim_loss(student_log_probabilities(student_patches, temperature), patch_targets, masks)
@@ -325,7 +319,7 @@ class PersonViTForPreTraining(PersonViTPreTrainedModel):
             logits = {
                 "student_cls_logits": student_cls,
                 "student_patch_logits": student_patches,
-                "teacher_cls_logits": teacher_cls.unflatten(0, (batch_size, num_global)),
+                "teacher_cls_logits": teacher_cls.unflatten(0, (-1, 2)),
                 "teacher_patch_logits": teacher_patches,
             }
         return PersonViTForPreTrainingOutput(
@@ -337,13 +331,26 @@ class PersonViTForPreTraining(PersonViTPreTrainedModel):
             **logits,
         )
 
+    def _student_cls_tokens(
+        self, masked: torch.Tensor, views: torch.Tensor, local_pixel_values: torch.Tensor | None
+    ) -> tuple[torch.Tensor, int]:
+        """[CLS] tokens of all student views, (batch, S, hidden) with global ones first, and the number of these."""
+        tokens = [masked.unflatten(0, (-1, 2))]
+        if self.config.student_sees_unmasked_global:
+            tokens.append(self.student(views).pooler_output.unflatten(0, (-1, 2)))
+        num_global = 2 * len(tokens)
+        if local_pixel_values is not None and local_pixel_values.shape[1] > 0:
+            local = self.student(local_pixel_values.flatten(0, 1)).pooler_output
+            tokens.append(local.unflatten(0, local_pixel_values.shape[:2]))
+        return torch.cat(tokens, dim=1), num_global
+
     def _check_views(
         self,
         global_pixel_values: torch.Tensor,
         local_pixel_values: torch.Tensor | None,
         bool_masked_pos: torch.Tensor | None,
-    ) -> tuple[int, int]:
-        """(batch, 2), after checking that views and masks belong together."""
+    ) -> None:
+        """Checks that views and masks belong together."""
         shape = tuple(global_pixel_values.shape)
         channels = self.config.num_channels
         if len(shape) != 5 or shape[1:3] != (2, channels):
@@ -363,7 +370,6 @@ class PersonViTForPreTraining(PersonViTPreTrainedModel):
                     f"`bool_masked_pos` must be (batch, 2, patches) = {expected[0]} or {expected[1]} for these "
                     f"images, got {tuple(bool_masked_pos.shape)}."
                 )
-        return shape[0], shape[1]
 
 
 __all__ = ["PersonViTForPreTraining"]

@@ -1,0 +1,46 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help install format check test test-slow demo build clean
+
+help:
+	@echo "make install    create $(VENV) and install the package with its train and test extras"
+	@echo "make demo       pre-train, fine-tune and evaluate a small model on the pictures in examples/data"
+	@echo "make test       fast tests            make test-slow  the slow ones"
+	@echo "make check      lint and format check make format     fix both"
+	@echo "make build      wheel and sdist into dist/"
+	@echo "make clean      remove $(VENV), build output and caches"
+
+install: $(INSTALLED)
+
+$(INSTALLED): setup.cfg pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV); the first time takes some minutes."
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[train,test]'
+	@touch $@
+
+format: install
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+check: install
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+test: install
+	@$(BIN)/python -m pytest
+
+test-slow: install
+	@$(BIN)/python -m pytest -m "slow and not gpu"
+
+demo: install
+	@$(BIN)/python examples/demo.py --output_dir runs/demo
+
+build: install
+	@rm -rf dist
+	@$(BIN)/python -m build --quiet
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
