@@ -1,0 +1,53 @@
+"""Embeds person images and writes the vectors to a .npz file.
+
+    accelerate launch examples/embed.py --model runs/finetune --data photos/ --output features.npz
+
+The file holds `embeddings`, float32 (images, hidden) with rows of length 1, and `names`: paths, or row numbers where
+the images have none. Settings come from flags, from a YAML file (`--config FILE`), or both.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from accelerate import PartialState
+from transformers import AutoImageProcessor, AutoModel
+
+import personvit_hf  # noqa: F401  (registers the model with the auto classes)
+from personvit_hf import embed_images, load_person_images
+from personvit_hf.scripting import option, parse_arguments
+
+
+@dataclass
+class EmbedArguments:
+    model: str = field(metadata={"help": "Checkpoint folder or Hub name."})
+    data: str = field(metadata={"help": "Folder of images, folder or file of parquet, or a Hub data set."})
+    output: str = field(metadata={"help": "The .npz file to write."})
+    batch_size: int = option(64, "Images a forward pass.")
+    num_workers: int = option(2, "Processes that load images.")
+    max_broken_share: float = option(0.01, "Largest share of images that may be broken; those are left out.")
+
+
+def main() -> None:
+    args = parse_arguments(EmbedArguments)
+    model = AutoModel.from_pretrained(args.model).to(PartialState().device)
+    processor = AutoImageProcessor.from_pretrained(args.model)
+    images = load_person_images(args.data)
+    embeddings = embed_images(
+        model,
+        processor,
+        images,
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        max_broken_share=args.max_broken_share,
+        progress=True,
+    )
+    names = np.array([row["path"] or f"row {index}" for index, row in enumerate(images["image"])])
+    good = ~np.isnan(embeddings[:, 0])
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    np.savez(args.output, embeddings=embeddings[good], names=names[good])
+    print(f"{args.output}: {good.sum()} embeddings of {embeddings.shape[1]} numbers, {(~good).sum()} images left out")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Scores a model on a labelled benchmark: mAP, mINP and CMC under the Market-1501 protocol.
+
+    accelerate launch examples/evaluate_reid.py --model runs/finetune --data examples/data
+
+The data set is a Market-1501 folder tree, or parquet or Hub data with the columns image, person_id and camera_id.
+Settings come from flags, from a YAML file (`--config FILE`), or both.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from transformers import AutoConfig, AutoImageProcessor, AutoModel
+
+from personvit_hf import PersonViTForReID, load_reid_dataset
+from personvit_hf.scripting import option, parse_arguments, score
+
+
+@dataclass
+class EvaluationArguments:
+    model: str = field(metadata={"help": "Checkpoint folder or Hub name, fine-tuned or pre-trained."})
+    data: str = field(metadata={"help": "Labelled data set with query and gallery."})
+    output: str | None = option(None, "JSON file for the figures.")
+    use_cameras: bool = option(False, "Tell the model each image's camera (models with side information).")
+    batch_size: int = option(64, "Images a forward pass.")
+    num_workers: int = option(2, "Processes that load images.")
+
+
+def load_model(name: str) -> torch.nn.Module:
+    """A ReID model where the checkpoint is one (its neck decides the embedding), else the backbone."""
+    architectures = AutoConfig.from_pretrained(name).architectures or []
+    auto_class = PersonViTForReID if "PersonViTForReID" in architectures else AutoModel
+    return auto_class.from_pretrained(name)
+
+
+def main() -> None:
+    args = parse_arguments(EvaluationArguments)
+    model = load_model(args.model).to(PartialState().device)
+    processor = AutoImageProcessor.from_pretrained(args.model)
+    dataset = load_reid_dataset(args.data)
+    result = score(model, processor, dataset, args.use_cameras, args.batch_size, args.num_workers)
+
+    num_queries, num_valid = len(dataset["query"]), result["num_valid_queries"]
+    print(f"{args.model} on {args.data}: {num_valid} of {num_queries} queries have a match")
+    for name in ("mAP", "mINP", "rank1", "rank5", "rank10"):
+        print(f"{name:>7} {100 * result[name]:6.2f}")
+    if args.output:
+        figures = {name: value for name, value in result.items() if isinstance(value, int | float)}
+        figures["cmc"] = result["cmc"].tolist()
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.output).write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+r"""Fine-tunes PersonViT for person re-identification and scores it on query and gallery.
+
+    accelerate launch examples/finetune.py --model_name_or_path runs/pretrain --data examples/data \
+        --output_dir runs/finetune
+
+Without `--model_name_or_path` the model starts from random weights of `--preset`. Settings come from flags, from a
+YAML file (`--config FILE`), or both. The output folder holds the model, its image processor, `metrics.jsonl`,
+`results.json` and, under `checkpoints`, the state to resume from (`--resume_from latest`).
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, set_seed
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from personvit_hf import PersonViTConfig, PersonViTForReID, PersonViTImageProcessor, load_reid_dataset
+from personvit_hf.augmentation import ReIDTransform
+from personvit_hf.checkpointing import TrainingProgress, resume, save_checkpoint
+from personvit_hf.person_images import BrokenImage, BrokenImageBudget, PersonImages, split_broken
+from personvit_hf.reid_data import person_labels
+from personvit_hf.sampling import PKSampler
+from personvit_hf.schedules import finetune_learning_rate, finetuning_parameter_groups
+from personvit_hf.scripting import MetricsLog, option, parse_arguments, require_finite, score
+
+
+@dataclass
+class FinetuneArguments:
+    data: str = field(metadata={"help": "Market-1501 folder tree, or parquet or Hub data with train, query, gallery."})
+    output_dir: str = field(metadata={"help": "Where the model, the checkpoints and the figures are written."})
+    # model
+    model_name_or_path: str | None = option(None, "Checkpoint to start from; None for random weights of `preset`.")
+    preset: str = option("small", "tiny, small, base or large, without a checkpoint.")
+    config_overrides: str = option("{}", 'Settings of PersonViTConfig as JSON, such as {"label_smoothing": 0.1}.')
+    drop_path_rate: float = option(0.1, "Stochastic depth of the last layer.")
+    use_cameras: bool = option(False, "Learn an embedding of each camera (SIE).")
+    # images
+    image_size: list[int] = option([256, 128], "Height and width in pixels.")
+    image_mean: list[float] = option([0.5, 0.5, 0.5], "Mean of the channels scaled to [0, 1].")
+    image_std: list[float] = option([0.5, 0.5, 0.5], "Standard deviation of the channels scaled to [0, 1].")
+    flip_probability: float = option(0.5, "Share of flipped images.")
+    padding: int = option(10, "Pixels padded on each side before the random crop.")
+    erasing_probability: float = option(0.5, "Share of images with a random rectangle erased.")
+    # optimization
+    epochs: int = option(120, "Passes over the identities.")
+    identities_per_batch: int = option(16, "P: identities in a batch, per process.")
+    images_per_identity: int = option(4, "K: images of each identity in a batch.")
+    gradient_accumulation_steps: int = option(1, "Batches per optimizer step.")
+    optimizer: str = option("sgd", "sgd (momentum 0.9, the paper's) or adamw.")
+    learning_rate: float = option(4e-4, "Base rate; biases learn at twice this rate.")
+    warmup_epochs: int = option(20, "Epochs of warm-up from 0.01 of the base rate.")
+    weight_decay: float = option(1e-4, "Weight decay.")
+    # the run
+    seed: int = option(0, "Seed of everything random.")
+    num_workers: int = option(4, "Processes that load images, for each training process.")
+    mixed_precision: str | None = option(None, "no, fp16 or bf16; None follows accelerate's configuration.")
+    max_broken_share: float = option(0.01, "Largest share of images that may be broken before the run stops.")
+    logging_steps: int = option(10, "Optimizer steps between two lines of metrics.jsonl.")
+    save_epochs: int = option(10, "Epochs between two checkpoints; 0 for none.")
+    keep_checkpoints: int = option(2, "Checkpoints kept.")
+    resume_from: str | None = option(None, "A checkpoint's folder, or `latest`.")
+    eval_epochs: int = option(0, "Epochs between two scores on query and gallery; 0 for one at the end.")
+    report_to: str | None = option(None, "tensorboard or trackio, beside metrics.jsonl.")
+
+
+class ReIDTrainingImages(Dataset):
+    """Image, label and camera of `index` in epoch `epoch`, by key = epoch * number of images + index."""
+
+    def __init__(
+        self, images: PersonImages, labels: list[int], cameras: list[int], transform: ReIDTransform, seed: int
+    ):
+        self.images, self.labels, self.cameras = images, labels, cameras
+        self.transform, self.seed = transform, seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: int) -> dict[str, np.ndarray | int] | BrokenImage:
+        epoch, index = divmod(key, len(self.images))
+        image = self.images[index]
+        if isinstance(image, BrokenImage):
+            return image
+        pixel_values = self.transform(image, np.random.default_rng([self.seed, epoch, index]))
+        return {"pixel_values": pixel_values, "labels": self.labels[index], "camera_ids": self.cameras[index]}
+
+
+def collate(items: list) -> dict:
+    """Stacks the good items; others of the batch stand in for broken ones, so every process keeps its batch size."""
+    good, broken = split_broken(items)
+    if not good:
+        raise RuntimeError(f"A whole batch of {len(items)} images is broken; the first: {broken[0].reason}")
+    filled = [good[i % len(good)] for i in range(len(items))]
+    batch = {name: torch.from_numpy(np.stack([item[name] for item in filled])) for name in good[0]}
+    return {"inputs": batch, "broken": broken}
+
+
+def build_dataloader(args: FinetuneArguments, rows, labels: dict[int, int]) -> DataLoader:
+    """Batches of P x K images from the training split; junk and distractors are no identities and are left out."""
+    rows = rows.select([row for row, person in enumerate(rows["person_id"]) if person in labels])
+    transform = ReIDTransform(
+        size=tuple(args.image_size),
+        flip_probability=args.flip_probability,
+        padding=args.padding,
+        erasing_probability=args.erasing_probability,
+        mean=tuple(args.image_mean),
+        std=tuple(args.image_std),
+    )
+    row_labels = [labels[person] for person in rows["person_id"]]
+    images = ReIDTrainingImages(PersonImages(rows), row_labels, list(rows["camera_id"]), transform, args.seed)
+    return DataLoader(
+        images,
+        sampler=PKSampler(row_labels, args.identities_per_batch, args.images_per_identity, seed=args.seed),
+        batch_size=args.identities_per_batch * args.images_per_identity,
+        drop_last=True,
+        collate_fn=collate,
+        num_workers=args.num_workers,
+        persistent_workers=args.num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        # of its own, so that starting an epoch draws nothing from the generator that dropout uses
+        generator=torch.Generator().manual_seed(args.seed),
+    )
+
+
+def build_model(args: FinetuneArguments, labels: dict[int, int], num_cameras: int) -> PersonViTForReID:
+    overrides = {
+        "id2label": {label: str(person) for person, label in labels.items()},
+        "label2id": {str(person): label for person, label in labels.items()},
+        "drop_path_rate": args.drop_path_rate,
+        "num_cameras": num_cameras,
+    } | json.loads(args.config_overrides)
+    if args.model_name_or_path is not None:
+        return PersonViTForReID.from_pretrained(args.model_name_or_path, **overrides)
+    overrides.setdefault("image_size", args.image_size)
+    return PersonViTForReID(PersonViTConfig.from_preset(args.preset, **overrides))
+
+
+def build_optimizer(args: FinetuneArguments, model: PersonViTForReID) -> torch.optim.Optimizer:
+    groups = finetuning_parameter_groups(model, args.learning_rate, args.weight_decay)
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=args.learning_rate, momentum=0.9)
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=args.learning_rate)
+    raise ValueError(f"`optimizer` must be sgd or adamw, got {args.optimizer!r}.")
+
+
+def main() -> None:
+    args = parse_arguments(FinetuneArguments)
+    output_dir = Path(args.output_dir)
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        dataloader_config=DataLoaderConfiguration(even_batches=False),
+        log_with=args.report_to,
+        project_dir=output_dir,
+    )
+
+    # Data, model, optimizer
+    dataset = load_reid_dataset(args.data)
+    labels = person_labels(dataset["train"]["person_id"])
+    num_cameras = 1 + max(max(rows["camera_id"]) for rows in dataset.values()) if args.use_cameras else 0
+    dataloader = build_dataloader(args, dataset["train"], labels)
+    set_seed(args.seed)
+    model = build_model(args, labels, num_cameras)
+    height, width = args.image_size
+    model.config.patch_grid(height, width)  # an impossible size is an error before anything starts
+    processor = PersonViTImageProcessor(
+        size={"height": height, "width": width}, image_mean=args.image_mean, image_std=args.image_std
+    )
+    optimizer = build_optimizer(args, model)
+    set_seed(args.seed, device_specific=True)
+    model, optimizer, dataloader = accelerator.prepare(model, optimizer, dataloader)
+    unwrapped = accelerator.unwrap_model(model)
+
+    # Resume
+    progress = TrainingProgress()
+    accelerator.register_for_checkpointing(progress)
+    checkpoints = output_dir / "checkpoints"
+    resume(accelerator, checkpoints, args.resume_from)
+    log = MetricsLog(output_dir / "metrics.jsonl", accelerator, progress.step)
+    if accelerator.is_main_process:
+        (output_dir / "arguments.yaml").write_text(yaml.safe_dump(asdict(args), sort_keys=False))
+    if args.report_to:
+        accelerator.init_trackers("personvit-finetune")
+
+    budget = BrokenImageBudget(args.max_broken_share)
+    bar = tqdm(total=args.epochs, initial=progress.epoch, desc="Epochs", disable=not accelerator.is_main_process)
+    model.train()
+    for epoch in range(progress.epoch, args.epochs):
+        dataloader.set_epoch(epoch)
+        for group in optimizer.param_groups:
+            group["lr"] = finetune_learning_rate(
+                epoch,
+                base=args.learning_rate,
+                lr_factor=group["lr_factor"],
+                total_epochs=args.epochs,
+                warmup_epochs=args.warmup_epochs,
+            )
+        started, images_seen = time.perf_counter(), 0
+        for batch in dataloader:
+            inputs = batch["inputs"]
+            budget.count(batch["broken"], len(inputs["labels"]))
+            if not args.use_cameras:
+                del inputs["camera_ids"]
+            with accelerator.accumulate(model):
+                outputs = model(**inputs)
+                accelerator.backward(outputs.loss)
+                optimizer.step()
+                optimizer.zero_grad()
+            images_seen += len(inputs["labels"]) * accelerator.num_processes
+            if not accelerator.sync_gradients:
+                continue
+            progress.step += 1
+            if progress.step % args.logging_steps == 0:
+                correct = (outputs.logits.argmax(-1) == inputs["labels"]).float().mean()
+                figures = torch.stack([outputs.loss, outputs.id_loss, outputs.triplet_loss, correct]).detach().float()
+                loss, id_loss, triplet_loss, accuracy = accelerator.reduce(figures, "mean").tolist()
+                require_finite(progress.step, output_dir, loss=loss)
+                bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.2f}")
+                log.write(
+                    progress.step,
+                    epoch=epoch,
+                    loss=loss,
+                    id_loss=id_loss,
+                    triplet_loss=triplet_loss,
+                    accuracy=accuracy,
+                    learning_rate=optimizer.param_groups[0]["lr"],
+                    images_per_second=images_seen / (time.perf_counter() - started),
+                )
+        budget.end_epoch()
+        progress.epoch = epoch + 1
+        bar.update()
+        require_finite(progress.step, output_dir, loss=accelerator.reduce(outputs.loss.detach(), "mean").item())
+        if args.save_epochs and progress.epoch % args.save_epochs == 0:
+            save_checkpoint(accelerator, checkpoints, progress.step, args.keep_checkpoints)
+        if args.eval_epochs and progress.epoch % args.eval_epochs == 0 and accelerator.is_main_process:
+            result = score(unwrapped, processor, dataset, args.use_cameras)
+            log.write(progress.step, epoch=epoch, mAP=result["mAP"], rank1=result["rank1"])
+        accelerator.wait_for_everyone()
+
+    bar.close()
+    unwrapped.save_pretrained(
+        output_dir,
+        is_main_process=accelerator.is_main_process,
+        save_function=accelerator.save,
+        state_dict=accelerator.get_state_dict(model),
+    )
+    if accelerator.is_main_process:
+        processor.save_pretrained(output_dir)
+        result = score(unwrapped, processor, dataset, args.use_cameras)
+        results = {name: result[name] for name in ("mAP", "mINP", "rank1", "rank5", "rank10", "num_valid_queries")}
+        (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        print(f"mAP {100 * results['mAP']:.2f}  Rank-1 {100 * results['rank1']:.2f}  ({output_dir / 'results.json'})")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,332 @@
+"""Pre-trains PersonViT on unlabelled person images (DINO + masked image modelling).
+
+    accelerate launch examples/pretrain.py --data examples/data --output_dir runs/pretrain --preset small
+
+Settings come from flags, from a YAML file (`--config FILE`), or both. The output folder holds the model (for
+`AutoModel.from_pretrained`: the teacher's backbone), its image processor, `metrics.jsonl` and, under `checkpoints`,
+the state to resume from (`--resume_from latest`).
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, set_seed
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from personvit_hf import (
+    PersonViTConfig,
+    PersonViTForPreTraining,
+    PersonViTImageProcessor,
+    load_person_images,
+    load_reid_dataset,
+)
+from personvit_hf.augmentation import MultiCrop, normalize
+from personvit_hf.checkpointing import TrainingProgress, resume, save_checkpoint
+from personvit_hf.masking import BlockMasking
+from personvit_hf.person_images import BrokenImage, BrokenImageBudget, PersonImages, split_broken
+from personvit_hf.sampling import EpochSampler
+from personvit_hf.schedules import (
+    clip_gradients_per_parameter,
+    pretraining_parameter_groups,
+    teacher_temperature,
+    warmup_cosine,
+)
+from personvit_hf.scripting import MetricsLog, option, parse_arguments, require_finite, score
+
+
+@dataclass
+class PretrainArguments:
+    data: str = field(metadata={"help": "Folder of images, folder or file of parquet, or a Hub data set."})
+    output_dir: str = field(metadata={"help": "Where the model, the checkpoints and metrics.jsonl are written."})
+    # model
+    preset: str = option("small", "tiny, small, base or large.")
+    model_name_or_path: str | None = option(None, "Checkpoint to start from; replaces `preset`.")
+    attn_implementation: str = option(
+        "sdpa", "eager, sdpa, flash_attention_2 ...; eager is the faster in bf16 on a CPU."
+    )
+    config_overrides: str = option("{}", 'Settings of PersonViTConfig as JSON, such as {"drop_path_rate": 0.2}.')
+    drop_path_rate: float = option(0.1, "Stochastic depth of the student's last layer.")
+    # crops and masks
+    image_size: list[int] = option([256, 128], "Height and width of the global crops in pixels.")
+    local_size: list[int] = option([128, 64], "Height and width of the local crops in pixels.")
+    num_local_crops: int = option(8, "Local crops per image.")
+    global_scale: list[float] = option([0.4, 1.0], "Smallest and largest area of a global crop, as a share.")
+    local_scale: list[float] = option([0.05, 0.4], "Smallest and largest area of a local crop, as a share.")
+    aspect_ratio: list[float] = option([0.375, 0.667], "Smallest and largest width / height cut out for a crop.")
+    brightness: float = option(0.4, "Strength of the brightness jitter.")
+    contrast: float = option(0.4, "Strength of the contrast jitter.")
+    saturation: float = option(0.2, "Strength of the saturation jitter.")
+    hue: float = option(0.1, "Strength of the hue jitter, in full circles.")
+    grayscale_probability: float = option(0.2, "Share of grey crops.")
+    solarize_probability: float = option(0.2, "Share of solarized second global crops.")
+    mask_ratios: list[float] = option([0.0, 0.3], "Each global crop takes one of these shares of masked patches ...")
+    mask_ratio_spreads: list[float] = option([0.0, 0.2], "... plus or minus the share of the same position here.")
+    # optimization
+    epochs: int = option(100, "Passes over the data.")
+    batch_size: int = option(64, "Images per process and step.")
+    gradient_accumulation_steps: int = option(1, "Batches per optimizer step.")
+    learning_rate: float = option(5e-4, "Peak rate for 256 images a step; scaled with the images of all processes.")
+    min_learning_rate: float = option(1e-6, "Final rate.")
+    warmup_epochs: float = option(10.0, "Epochs of linear warm-up.")
+    weight_decay: float = option(0.04, "Weight decay at the start.")
+    final_weight_decay: float = option(0.4, "Weight decay at the end (cosine).")
+    clip_gradients: float = option(3.0, "Largest norm of each parameter's gradient; 0 for no clipping.")
+    freeze_last_layer_epochs: int = option(1, "Epochs during which the prototypes stay as they are.")
+    teacher_momentum: float = option(0.996, "Momentum of the teacher at the start; it rises to 1 (cosine).")
+    teacher_temperature: float = option(0.04, "Teacher's [CLS] temperature after the warm-up.")
+    warmup_teacher_temperature: float = option(0.04, "Both teacher temperatures at the start.")
+    teacher_patch_temperature: float = option(0.07, "Teacher's patch temperature after the warm-up.")
+    warmup_temperature_epochs: int = option(30, "Epochs of the temperatures' linear warm-up.")
+    # the run
+    seed: int = option(0, "Seed of everything random.")
+    num_workers: int = option(4, "Processes that load images, for each training process.")
+    mixed_precision: str | None = option(None, "no, fp16 or bf16; None follows accelerate's configuration.")
+    max_broken_share: float = option(0.01, "Largest share of images that may be broken before the run stops.")
+    logging_steps: int = option(10, "Optimizer steps between two lines of metrics.jsonl.")
+    save_epochs: float = option(1.0, "Epochs (or a part of one) between two checkpoints; 0 for none.")
+    keep_checkpoints: int = option(2, "Checkpoints kept.")
+    resume_from: str | None = option(None, "A checkpoint's folder, or `latest`.")
+    eval_data: str | None = option(None, "Labelled data set to score the teacher on during training.")
+    eval_epochs: int = option(10, "Epochs between two scores.")
+    report_to: str | None = option(None, "tensorboard or trackio, beside metrics.jsonl.")
+
+
+class PretrainingCrops(Dataset):
+    """Crops and masks of image `index` in epoch `epoch`, by key = epoch * number of images + index."""
+
+    def __init__(self, images: PersonImages, augment: MultiCrop, masking: BlockMasking, seed: int):
+        self.images, self.augment, self.masking, self.seed = images, augment, masking, seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: int) -> dict[str, np.ndarray] | BrokenImage:
+        epoch, index = divmod(key, len(self.images))
+        image = self.images[index]
+        if isinstance(image, BrokenImage):
+            return image
+        rng = np.random.default_rng([self.seed, epoch, index])
+        global_crops, local_crops = self.augment(image, rng)
+        masks = np.stack([self.masking(rng).ravel() for _ in global_crops])
+        return {"global_pixel_values": global_crops, "local_pixel_values": local_crops, "bool_masked_pos": masks}
+
+
+def collate(items: list) -> dict:
+    """Stacks the good items; others of the batch stand in for broken ones, so every process keeps its batch size."""
+    good, broken = split_broken(items)
+    if not good:
+        raise RuntimeError(f"A whole batch of {len(items)} images is broken; the first: {broken[0].reason}")
+    filled = [good[i % len(good)] for i in range(len(items))]
+    batch = {name: torch.from_numpy(np.stack([item[name] for item in filled])) for name in good[0]}
+    return {"inputs": batch, "broken": broken}
+
+
+def build_model(args: PretrainArguments) -> PersonViTForPreTraining:
+    overrides = {
+        "drop_path_rate": args.drop_path_rate,
+        "attn_implementation": args.attn_implementation,
+    } | json.loads(args.config_overrides)
+    if args.model_name_or_path is not None:
+        return PersonViTForPreTraining.from_pretrained(args.model_name_or_path, **overrides)
+    overrides.setdefault("image_size", args.image_size)
+    return PersonViTForPreTraining(PersonViTConfig.from_preset(args.preset, **overrides))
+
+
+def build_dataloader(args: PretrainArguments, config: PersonViTConfig) -> DataLoader:
+    augment = MultiCrop(
+        global_size=tuple(args.image_size),
+        local_size=tuple(args.local_size),
+        num_local_crops=args.num_local_crops,
+        global_scale=tuple(args.global_scale),
+        local_scale=tuple(args.local_scale),
+        aspect_ratio=tuple(args.aspect_ratio),
+        brightness=args.brightness,
+        contrast=args.contrast,
+        saturation=args.saturation,
+        hue=args.hue,
+        grayscale_probability=args.grayscale_probability,
+        solarize_probability=args.solarize_probability,
+    )
+    config.patch_grid(*args.local_size)  # an impossible size is an error before anything starts
+    masking = BlockMasking(
+        grid=config.patch_grid(*args.image_size),
+        ratios=tuple(args.mask_ratios),
+        ratio_spreads=tuple(args.mask_ratio_spreads),
+    )
+    images = PersonImages(load_person_images(args.data))
+    crops = PretrainingCrops(images, augment, masking, args.seed)
+    if len(crops) < args.batch_size:
+        raise ValueError(f"{args.data} has {len(crops)} images, fewer than `batch_size` {args.batch_size}.")
+    return DataLoader(
+        crops,
+        sampler=EpochSampler(len(crops), seed=args.seed),
+        batch_size=args.batch_size,
+        drop_last=True,
+        collate_fn=collate,
+        num_workers=args.num_workers,
+        persistent_workers=args.num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        # of its own, so that starting an epoch draws nothing from the generator that dropout uses
+        generator=torch.Generator().manual_seed(args.seed),
+    )
+
+
+def main() -> None:
+    args = parse_arguments(PretrainArguments)
+    output_dir = Path(args.output_dir)
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        dataloader_config=DataLoaderConfiguration(even_batches=False),
+        log_with=args.report_to,
+        project_dir=output_dir,
+    )
+    set_seed(args.seed, device_specific=True)
+
+    # Model, data, optimizer
+    set_seed(args.seed)
+    model = build_model(args)
+    config = model.config
+    height, width = args.image_size
+    processor = PersonViTImageProcessor(size={"height": height, "width": width})
+    dataloader = build_dataloader(args, config)
+    eval_dataset = load_reid_dataset(args.eval_data) if args.eval_data else None
+    optimizer = torch.optim.AdamW(pretraining_parameter_groups(model, args.weight_decay), lr=args.learning_rate)
+    set_seed(args.seed, device_specific=True)
+    model, optimizer, dataloader = accelerator.prepare(model, optimizer, dataloader)
+    unwrapped = accelerator.unwrap_model(model)
+
+    # Schedules are functions of the optimizer step
+    images_per_step = args.batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    steps_per_epoch = len(dataloader) // args.gradient_accumulation_steps
+    if steps_per_epoch == 0:
+        raise ValueError(
+            f"{args.data} has {len(dataloader.dataset)} images, fewer than the {images_per_step} of one step: "
+            "lower `batch_size` or `gradient_accumulation_steps`."
+        )
+    total_steps = args.epochs * steps_per_epoch
+    peak_rate = args.learning_rate * images_per_step / 256
+    warmup_steps = min(round(args.warmup_epochs * steps_per_epoch), total_steps)
+    save_steps = max(round(args.save_epochs * steps_per_epoch), 1) if args.save_epochs else 0
+
+    # Resume
+    progress = TrainingProgress()
+    accelerator.register_for_checkpointing(progress)
+    checkpoints = output_dir / "checkpoints"
+    resume(accelerator, checkpoints, args.resume_from)
+    log = MetricsLog(output_dir / "metrics.jsonl", accelerator, progress.step)
+    if accelerator.is_main_process:
+        (output_dir / "arguments.yaml").write_text(yaml.safe_dump(asdict(args), sort_keys=False))
+    if args.report_to:
+        accelerator.init_trackers("personvit-pretrain")
+
+    def save() -> None:
+        save_checkpoint(accelerator, checkpoints, progress.step, args.keep_checkpoints)
+
+    budget = BrokenImageBudget(args.max_broken_share)
+    bar = tqdm(total=total_steps, initial=progress.step, desc="Pre-training", disable=not accelerator.is_main_process)
+    started, images_seen = time.perf_counter(), 0
+    model.train()
+    for epoch in range(progress.epoch, args.epochs):
+        dataloader.set_epoch(epoch)
+        batches = accelerator.skip_first_batches(dataloader, progress.batch) if progress.batch else dataloader
+        temperatures = {
+            name: teacher_temperature(
+                epoch,
+                warmup_start=args.warmup_teacher_temperature,
+                final=final,
+                warmup_epochs=args.warmup_temperature_epochs,
+            )
+            for name, final in (
+                ("teacher_temperature", args.teacher_temperature),
+                ("teacher_patch_temperature", args.teacher_patch_temperature),
+            )
+        }
+        for batch in batches:
+            rate = warmup_cosine(
+                progress.step,
+                total_steps=total_steps,
+                base=peak_rate,
+                final=args.min_learning_rate,
+                warmup_steps=warmup_steps,
+            )
+            decay = warmup_cosine(
+                progress.step, total_steps=total_steps, base=args.weight_decay, final=args.final_weight_decay
+            )
+            momentum = warmup_cosine(progress.step, total_steps=total_steps, base=args.teacher_momentum, final=1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+                group["weight_decay"] = decay if group["weight_decay"] else 0.0
+
+            inputs = batch["inputs"]
+            budget.count(batch["broken"], len(inputs["global_pixel_values"]))
+            for name in ("global_pixel_values", "local_pixel_values"):
+                inputs[name] = normalize(inputs[name], processor.image_mean, processor.image_std)
+            with accelerator.accumulate(model):
+                outputs = model(**inputs, **temperatures)
+                accelerator.backward(outputs.loss)
+                if accelerator.sync_gradients:
+                    optimizer_parameters = [p for group in optimizer.param_groups for p in group["params"]]
+                    accelerator.unscale_gradients(optimizer)
+                    if args.clip_gradients:
+                        clip_gradients_per_parameter(optimizer_parameters, args.clip_gradients)
+                    if epoch < args.freeze_last_layer_epochs:
+                        unwrapped.student_head.drop_prototype_gradients()
+                optimizer.step()
+                optimizer.zero_grad()
+            progress.batch += 1
+            images_seen += len(inputs["global_pixel_values"]) * accelerator.num_processes
+            if not accelerator.sync_gradients:
+                continue
+            unwrapped.update_teacher(momentum)
+            progress.step += 1
+            bar.update()
+
+            due_to_save = save_steps and progress.step % save_steps == 0
+            if progress.step % args.logging_steps == 0 or due_to_save or progress.step == total_steps:
+                losses = torch.stack([outputs.loss.detach(), outputs.dino_loss.detach(), outputs.mim_loss.detach()])
+                loss, dino, mim = accelerator.reduce(losses.float(), "mean").tolist()
+                require_finite(progress.step, output_dir, loss=loss)
+                figures = {"loss": loss, "dino_loss": dino, "mim_loss": mim}
+                bar.set_postfix({name: f"{value:.3f}" for name, value in figures.items()})
+                log.write(
+                    progress.step,
+                    epoch=epoch,
+                    **figures,
+                    learning_rate=rate,
+                    weight_decay=decay,
+                    teacher_momentum=momentum,
+                    images_per_second=images_seen / (time.perf_counter() - started),
+                )
+            if due_to_save:
+                save()
+        budget.end_epoch()
+        progress.epoch, progress.batch = epoch + 1, 0
+        if eval_dataset is not None and ((epoch + 1) % args.eval_epochs == 0 or epoch + 1 == args.epochs):
+            if accelerator.is_main_process:
+                result = score(unwrapped.personvit, processor, eval_dataset)
+                log.write(progress.step, epoch=epoch, mAP=result["mAP"], rank1=result["rank1"])
+            accelerator.wait_for_everyone()
+
+    bar.close()
+    save()
+    accelerator.unwrap_model(model).save_pretrained(
+        output_dir,
+        is_main_process=accelerator.is_main_process,
+        save_function=accelerator.save,
+        state_dict=accelerator.get_state_dict(model),
+    )
+    if accelerator.is_main_process:
+        processor.save_pretrained(output_dir)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
