@@ -125,14 +125,24 @@ class PersonViTConfig(PreTrainedConfig):
         self.image_size = list(self.image_size)
         super().__post_init__(**kwargs)
 
-    def validate_image_and_patch_size(self):
-        """`image_size` is (height, width), and a grid of whole patches fits in it."""
+    def validate_sizes(self):
+        """Counts are counts, shares are shares, and a grid of whole patches fits in the image."""
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "num_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        for name in ("num_cameras", "num_views"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must be 0 (none) or more, got {getattr(self, name)}.")
+        for name in ("drop_path_rate", "center_momentum", "label_smoothing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` must lie in [0, 1], got {getattr(self, name)}.")
+        if self.patch_stride is not None and not 1 <= self.patch_stride <= self.patch_size:
+            raise ValueError(
+                f"`patch_stride` must lie in [1, patch_size={self.patch_size}] or be None, got {self.patch_stride}."
+            )
         if len(self.image_size) != 2:
             raise ValueError(f"`image_size` must be [height, width] in pixels, got {self.image_size}.")
         self.patch_grid(*self.image_size)
-
-    def validate_attention_heads(self):
-        """Each head has a whole number of channels."""
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"`hidden_size` ({self.hidden_size}) must be a multiple of "
@@ -161,8 +171,8 @@ class PersonViTConfig(PreTrainedConfig):
             ValueError: if patches next to each other do not tile the image, or the image is smaller than a patch.
         """
         size, stride = self.patch_size, self.patch_stride or self.patch_size
-        not_tiled = stride >= size and (height % size or width % size)
-        if not_tiled or stride < 1 or stride > size or height < size or width < size:
+        not_tiled = stride == size and (height % size or width % size)
+        if not_tiled or height < size or width < size:
             raise ValueError(
                 f"An image of {height}x{width} pixels (height x width) can't be cut into patches of "
                 f"`patch_size={size}` with `patch_stride={stride}`: choose a height and width that are multiples of "

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -49,6 +49,7 @@ HEAD_NAMES = {
     "last_layer2.weight_v": "patch_prototypes.direction",
     "last_layer2.weight_g": "patch_prototypes.gain",
 }
+OFFICIAL_NAMES = {ours: official for official, ours in (BACKBONE_NAMES | HEAD_NAMES).items()}
 # What may stand beside the weights, and why it is left out.
 DROPPED_ENTRIES = {
     "optimizer": "state of the official training run",
@@ -82,18 +83,17 @@ def convert_checkpoint(
         FileNotFoundError: if there is no such file.
         ValueError: if it is not such a checkpoint, or any key is unknown, missing or of another shape.
     """
+    targets = {"backbone": _convert_backbone, "pretraining": _convert_pretraining, "reid": _convert_reid}
+    if target not in ("auto", *targets):
+        raise ValueError(f"`target` must be 'auto', 'backbone', 'pretraining' or 'reid', got {target!r}.")
     contents = read_checkpoint(Path(path))
     kind = _kind(path, contents)
     if target == "auto":
         target = "reid" if kind == "reid" else "backbone"
-    if target == "backbone":
-        model = _convert_backbone(path, contents, kind, config_overrides)
-    elif target == "pretraining":
-        model = _convert_pretraining(path, contents, kind, config_overrides)
-    elif target == "reid":
-        model = _convert_reid(path, contents, kind, config_overrides)
-    else:
-        raise ValueError(f"`target` must be 'auto', 'backbone', 'pretraining' or 'reid', got {target!r}.")
+    try:
+        model = targets[target](path, contents, kind, config_overrides)
+    except StrictDataclassError as error:
+        raise ValueError(f"{path}: its sizes and the overrides {config_overrides} don't fit: {error}") from error
     height, width = model.config.image_size
     statistics = OFFICIAL_REID_STATISTICS if kind == "reid" else {}
     processor = PersonViTImageProcessor(size={"height": height, "width": width}, **statistics)
@@ -118,14 +118,22 @@ def read_checkpoint(path: Path) -> dict:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             contents = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except Exception as error:  # from bytes of any origin the unpickler raises errors of a dozen types
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"{path}: not a checkpoint that can be read safely ({reason}). Only tensors and plain values are accepted."
         ) from error
-    if not isinstance(contents, Mapping):
-        raise ValueError(f"{path}: expected a dictionary of weights, found {type(contents).__name__}.")
-    return dict(contents)
+    return dict(_mapping(path, "the file", contents))
+
+
+def _mapping(path: str | Path, name: str, value: object) -> Mapping:
+    """The value if it is a dictionary whose keys are text."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{path}: {name} should hold a dictionary of named entries, found {type(value).__name__}.")
+    for key in value:
+        if not isinstance(key, str):
+            raise ValueError(f"{path}: {name} should hold a dictionary of named entries, one is called {key!r}.")
+    return value
 
 
 def resize_position_embeddings(position_embeddings: torch.Tensor, grid: tuple[int, int], new_grid: tuple[int, int]):
@@ -152,10 +160,11 @@ def resize_position_embeddings(position_embeddings: torch.Tensor, grid: tuple[in
 def _kind(path: str | Path, contents: dict) -> str:
     """One of "pretraining", "reid" and "backbone", unwrapping `state_dict`, `model` and `module` in place."""
     if "teacher" in contents:
+        _check_known(path, contents, {"teacher", "student", "ibot_loss", *DROPPED_ENTRIES})
         return "pretraining"
     for wrapper in ("state_dict", "model", "module"):
         if isinstance(contents.get(wrapper), Mapping):
-            weights = dict(contents.pop(wrapper))
+            weights = dict(_mapping(path, f"`{wrapper}`", contents.pop(wrapper)))
             _check_known(path, contents, DROPPED_ENTRIES)
             contents.clear()
             contents.update(weights)
@@ -176,19 +185,28 @@ def _check_known(path: str | Path, entries: Mapping, known: Mapping | set) -> No
         raise ValueError(f"{path}: {len(unknown)} unknown entries beside the weights: {unknown[:5]}.")
 
 
-def _split(path: str | Path, weights: Mapping[str, torch.Tensor], *parts: str) -> dict[str, Tensors]:
-    """Groups weights by their first word, `parts`, without the `module.` of distributed runs."""
+def _split(path: str | Path, weights: Mapping[str, object], *parts: str) -> dict[str, Tensors]:
+    """Groups weights by their first word, one of `parts`, without the `module.` of distributed runs."""
     groups: dict[str, Tensors] = {part: {} for part in parts}
     for name, tensor in weights.items():
         part, _, rest = name.removeprefix("module.").partition(".")
         if part not in groups:
             raise ValueError(f"{path}: unknown key `{name}`; expected keys that start with {' or '.join(parts)}.")
-        if not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"{path}: `{name}` should be a tensor, found {type(tensor).__name__}.")
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f"{path}: `{name}` holds NaN or infinite values.")
-        groups[part][rest] = tensor.float() if tensor.is_floating_point() else tensor
+        if rest in groups[part]:
+            raise ValueError(f"{path}: `{part}.{rest}` stands twice in the file, once with `module.` before it.")
+        groups[part][rest] = _checked(path, name, tensor)
     return groups
+
+
+def _checked(path: str | Path, name: str, tensor: object) -> torch.Tensor:
+    """The weight in float32 (counters as they are), if it is a tensor of finite numbers."""
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"{path}: `{name}` should be a tensor, found {type(tensor).__name__}.")
+    if not tensor.is_floating_point():
+        return tensor
+    if not tensor.isfinite().all():
+        raise ValueError(f"{path}: `{name}` holds NaN or infinite values.")
+    return tensor.float()
 
 
 def _rename(path: str | Path, weights: Tensors, names: Mapping[str, str], prefix: str) -> Tensors:
@@ -231,17 +249,28 @@ def _native_image_size(path: str | Path, num_patches: int, patch_size: int) -> l
     raise ValueError(f"{path}: {num_patches} positions are no 2:1 or square grid; pass `image_size=[height, width]`.")
 
 
+def _shape(path: str | Path, weights: Tensors, name: str, meaning: str) -> tuple[int, ...]:
+    """The shape of a weight, which must be there with as many axes as `meaning` names."""
+    official = OFFICIAL_NAMES.get(name) or OFFICIAL_NAMES.get(name.rpartition(".")[0], name)
+    if name not in weights:
+        raise ValueError(f"{path}: the checkpoint lacks `{name}` (`{official}` in official files).")
+    if weights[name].ndim != meaning.count(",") + 1 or 0 in weights[name].shape:
+        raise ValueError(
+            f"{path}: `{name}` (`{official}` in official files) should be ({meaning}), "
+            f"found {tuple(weights[name].shape)}."
+        )
+    return tuple(weights[name].shape)
+
+
 def _backbone_settings(path: str | Path, weights: Tensors, overrides: dict) -> dict:
     """Settings of PersonViTConfig read off the backbone's tensors; resizes positions to `image_size` in place."""
     positions_name = "embeddings.position_embeddings"
-    try:
-        projection = weights["embeddings.patch_embeddings.projection.weight"]
-        positions = weights[positions_name]
-        intermediate_size = weights["layers.0.mlp.fc1.weight"].shape[0]
-        hidden_size, num_channels, patch_size, _ = projection.shape
-        num_positions = positions.shape[1] - 1
-    except (KeyError, ValueError, IndexError) as error:
-        raise ValueError(f"{path}: not a ViT backbone: {error} is missing or of another shape.") from error
+    hidden_size, num_channels, patch_size, _ = _shape(
+        path, weights, "embeddings.patch_embeddings.projection.weight", "hidden, channels, patch, patch"
+    )
+    num_patches = _shape(path, weights, positions_name, "1, 1 + patches, hidden")[1] - 1
+    if num_patches < 1:
+        raise ValueError(f"{path}: `pos_embed` has no position for a patch.")
     if hidden_size % 64 and "num_attention_heads" not in overrides:
         raise ValueError(
             f"{path}: can't tell the number of attention heads of a width of {hidden_size}: "
@@ -250,21 +279,24 @@ def _backbone_settings(path: str | Path, weights: Tensors, overrides: dict) -> d
     settings = {
         "hidden_size": hidden_size,
         "num_attention_heads": hidden_size // 64,
-        "num_hidden_layers": 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("layers.")),
-        "intermediate_size": intermediate_size,
+        "num_hidden_layers": len({name.split(".")[1] for name in weights if name.startswith("layers.")}),
+        "intermediate_size": _shape(path, weights, "layers.0.mlp.fc1.weight", "intermediate, hidden")[0],
         "patch_size": patch_size,
         "num_channels": num_channels,
-        "qkv_bias": "layers.0.attention.qkv_proj.bias" in weights,
+        "qkv_bias": any(name.endswith(".qkv_proj.bias") for name in weights),
     }
     if "embeddings.side_embeddings" in weights:
         settings["num_cameras"] = len(weights["embeddings.side_embeddings"])
+    if "image_size" in overrides:
+        config = PersonViTConfig(**settings | overrides)
+        if math.prod(config.patch_grid(*config.image_size)) == num_patches:
+            return settings | overrides
+    settings["image_size"] = _native_image_size(path, num_patches, patch_size)
     config = PersonViTConfig(**settings | overrides)
-    if "image_size" not in overrides or math.prod(config.patch_grid(*config.image_size)) != num_positions:
-        native = _native_image_size(path, num_positions, patch_size)
-        settings["image_size"] = native
-        if "image_size" in overrides:
-            grids = config.patch_grid(*native), config.patch_grid(*config.image_size)
-            weights[positions_name] = resize_position_embeddings(positions, *grids)
+    native_grid = tuple(side // patch_size for side in settings["image_size"])
+    grid = config.patch_grid(*config.image_size)
+    if grid != native_grid:
+        weights[positions_name] = resize_position_embeddings(weights[positions_name], native_grid, grid)
     return settings | overrides
 
 
@@ -292,21 +324,23 @@ def _log_dropped(path: str | Path, names: list[str], reason: str) -> None:
 
 def _convert_backbone(path: str | Path, contents: dict, kind: str, overrides: dict) -> PersonViTModel:
     if kind == "pretraining":
-        _check_known(path, contents, {"teacher", "student", "ibot_loss", *DROPPED_ENTRIES})
-        parts = _split(path, contents["teacher"], "backbone", "head")
+        parts = _split(path, _mapping(path, "`teacher`", contents["teacher"]), "backbone", "head")
         weights = _backbone_weights(path, parts["backbone"])
         # only the student is ever masked, so the mask token is the student's
-        student = _split(path, contents.get("student", {}), "backbone", "head")["backbone"]
-        if "masked_embed" in student and "embeddings.mask_token" not in weights:
-            weights["embeddings.mask_token"] = student["masked_embed"].reshape(1, 1, -1)
+        student = _split(path, _mapping(path, "`student`", contents.get("student", {})), "backbone", "head")
+        if "masked_embed" in student["backbone"]:
+            weights["embeddings.mask_token"] = student["backbone"]["masked_embed"].reshape(1, 1, -1)
         _log_dropped(path, ["student", "head", "ibot_loss"], "the target is the teacher's backbone")
     elif kind == "reid":
         weights, dropped = _reid_backbone(path, _split(path, contents, "base", "bottleneck", "classifier")["base"])
         _log_dropped(path, [*dropped, "bottleneck", "classifier"], "the target is the backbone")
     else:
-        bare = {name.removeprefix("module.").removeprefix("backbone."): value for name, value in contents.items()}
-        bare = _split(path, {f"backbone.{name}": value for name, value in bare.items()}, "backbone")["backbone"]
-        weights = _backbone_weights(path, bare)
+        # some files put `backbone.` before each name and some don't, with or without `module.`
+        prefixed = {
+            name if "backbone." in name else re.sub(r"^(module\.)?", r"\1backbone.", name, count=1): value
+            for name, value in contents.items()
+        }
+        weights = _backbone_weights(path, _split(path, prefixed, "backbone")["backbone"])
     settings = _backbone_settings(path, weights, overrides)
     return _load(path, PersonViTModel(PersonViTConfig(**settings)), weights, {"embeddings.mask_token"})
 
@@ -314,45 +348,57 @@ def _convert_backbone(path: str | Path, contents: dict, kind: str, overrides: di
 def _convert_pretraining(path: str | Path, contents: dict, kind: str, overrides: dict) -> PersonViTForPreTraining:
     if kind != "pretraining" or "student" not in contents:
         raise ValueError(f"{path}: target 'pretraining' needs a file with `student` and `teacher`, this is a {kind}.")
-    _check_known(path, contents, {"teacher", "student", "ibot_loss", *DROPPED_ENTRIES})
     _log_dropped(path, [name for name in DROPPED_ENTRIES if name in contents], "not part of the model")
-    weights: Tensors = {}
-    shared = {}
-    for role, prefix in (("student", "student."), ("teacher", "personvit.")):
-        parts = _split(path, contents[role], "backbone", "head")
-        head = parts["head"]
-        # a shared head stands twice in the file, under both names
-        names = [name for name in head if name.startswith("last_layer2.")]
-        shared[role] = not names or all(
-            torch.equal(head[name], head.get(name.replace("last_layer2", "last_layer"), torch.empty(0)))
-            for name in names
-        )
-        if shared[role]:
-            head = {name: tensor for name, tensor in head.items() if name not in names}
-        weights |= {prefix + name: tensor for name, tensor in _backbone_weights(path, parts["backbone"]).items()}
-        weights |= _rename(path, head, HEAD_NAMES, f"{role}_head.")
-    student = {name.removeprefix("student."): value for name, value in weights.items() if name.startswith("student.")}
-    settings = _backbone_settings(path, student, overrides)
-    if student["embeddings.position_embeddings"] is not weights["student.embeddings.position_embeddings"]:
-        raise ValueError(f"{path}: target 'pretraining' keeps the file's own image size; leave out `image_size`.")
-    weights["personvit.embeddings.mask_token"] = weights["student.embeddings.mask_token"]
-    head = {name.removeprefix("student_head."): value for name, value in weights.items()}
+    backbones, heads, shared = {}, {}, {}
+    for role in ("student", "teacher"):
+        parts = _split(path, _mapping(path, f"`{role}`", contents[role]), "backbone", "head")
+        backbones[role] = _backbone_weights(path, parts["backbone"])
+        head, shared[role] = _without_repetition(parts["head"])
+        heads[role] = _rename(path, head, HEAD_NAMES, "")
+    _shape(path, backbones["student"], "embeddings.mask_token", "1, 1, hidden")
+    # only the student is ever masked, so the teacher's copy of the mask token is the student's
+    backbones["teacher"]["embeddings.mask_token"] = backbones["student"]["embeddings.mask_token"]
+    settings = _head_settings(path, heads["student"], shared)
+    for backbone in backbones.values():
+        settings |= _backbone_settings(path, backbone, overrides)
+    weights = {f"student.{name}": value for name, value in backbones["student"].items()}
+    weights |= {f"personvit.{name}": value for name, value in backbones["teacher"].items()}
+    weights |= {f"{role}_head.{name}": value for role in heads for name, value in heads[role].items()}
+    if "ibot_loss" in contents:
+        centers = _mapping(path, "`ibot_loss`", contents["ibot_loss"])
+        _check_known(path, centers, {"center", "center2"})
+        for ours, official in (("center", "center"), ("patch_center", "center2")):
+            if official not in centers:
+                raise ValueError(f"{path}: `ibot_loss` lacks `{official}`.")
+            weights[ours] = _checked(path, f"ibot_loss.{official}", centers[official]).flatten()
+    model = PersonViTForPreTraining(PersonViTConfig(**settings))
+    return _load(path, model, weights, {"center", "patch_center"})
+
+
+def _without_repetition(head: Tensors) -> tuple[Tensors, bool]:
+    """A head without the second copy of its prototypes, and whether it had one: so iBOT writes a shared head."""
+    second = [name for name in head if name.startswith("last_layer2.")]
+    for name in second:
+        first = head.get(name.replace("last_layer2", "last_layer"))
+        if first is None or not torch.equal(head[name], first):
+            return head, False
+    return {name: tensor for name, tensor in head.items() if name not in second}, True
+
+
+def _head_settings(path: str | Path, head: Tensors, shared: dict[str, bool]) -> dict:
+    """Settings of PersonViTConfig read off the student's projection head."""
+    num_cls_prototypes, bottleneck = _shape(path, head, "cls_prototypes.direction", "prototypes, bottleneck")
     gains = [value for name, value in head.items() if name.endswith("_prototypes.gain")]
-    heads = {
+    return {
         "share_projection_head": shared["student"],
         "share_teacher_projection_head": shared["teacher"],
-        "projection_hidden_size": head["mlp.0.weight"].shape[0],
-        "projection_bottleneck_size": head["mlp.4.weight"].shape[0],
-        "num_cls_prototypes": head["cls_prototypes.direction"].shape[0],
-        "num_patch_prototypes": head.get("patch_prototypes.direction", head["cls_prototypes.direction"]).shape[0],
+        "projection_hidden_size": _shape(path, head, "mlp.0.weight", "projection hidden, hidden")[0],
+        "projection_bottleneck_size": bottleneck,
+        "num_cls_prototypes": num_cls_prototypes,
+        "num_patch_prototypes": len(head.get("patch_prototypes.direction", head["cls_prototypes.direction"])),
         # iBOT fixes gains at 1 if at all
         "norm_last_layer": all(bool((gain == 1).all()) for gain in gains),
     }
-    for ours, official in (("center", "center"), ("patch_center", "center2")):
-        if "ibot_loss" in contents:
-            weights[ours] = contents["ibot_loss"][official].float().flatten()
-    model = PersonViTForPreTraining(PersonViTConfig(**heads | settings))
-    return _load(path, model, weights, {"center", "patch_center"})
 
 
 def _reid_backbone(path: str | Path, base: Tensors) -> tuple[Tensors, list[str]]:

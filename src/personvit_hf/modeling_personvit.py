@@ -41,8 +41,9 @@ def interpolate_position_embeddings(
     cls_position, patch_positions = position_embeddings[:, :1], position_embeddings[:, 1:]
     patch_positions = patch_positions.unflatten(1, native_grid).permute(0, 3, 1, 2)
     scale = tuple((new + 0.1) / native for new, native in zip(grid, native_grid, strict=True))
-    # in float32, since bicubic sampling points are too coarse in half precision
-    resized = nn.functional.interpolate(patch_positions.float(), scale_factor=scale, mode="bicubic")
+    # in at least float32, since bicubic sampling points are too coarse in half precision
+    patch_positions = patch_positions.to(torch.promote_types(patch_positions.dtype, torch.float32))
+    resized = nn.functional.interpolate(patch_positions, scale_factor=scale, mode="bicubic")
     resized = resized.flatten(2).transpose(1, 2).to(cls_position.dtype)
     return torch.cat((cls_position, resized), dim=1)
 
@@ -84,19 +85,19 @@ class PersonViTEmbeddings(nn.Module):
         camera_ids: torch.Tensor | None = None,
         view_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        batch_size, num_channels, height, width = pixel_values.shape
-        if num_channels != self.config.num_channels:
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.num_channels:
             raise ValueError(
                 f"`pixel_values` must be (batch, {self.config.num_channels}, height, width), "
                 f"got {tuple(pixel_values.shape)}."
             )
-        grid = self.config.patch_grid(height, width)
+        batch_size = len(pixel_values)
+        grid = self.config.patch_grid(*pixel_values.shape[2:])
         tokens = self.patch_embeddings(pixel_values)
         if bool_masked_pos is not None:
             tokens = self.mask(tokens, bool_masked_pos)
         tokens = torch.cat((self.cls_token.expand(batch_size, -1, -1), tokens), dim=1)
         tokens = tokens + interpolate_position_embeddings(self.position_embeddings, self.native_grid, grid)
-        sides = self.side_information(camera_ids, view_ids)
+        sides = self.side_information(batch_size, camera_ids, view_ids)
         if sides is not None:
             tokens = tokens + self.config.side_information_scale * sides
         return self.dropout(tokens)
@@ -113,7 +114,9 @@ class PersonViTEmbeddings(nn.Module):
             )
         return torch.where(masked.bool().unsqueeze(-1), self.mask_token.to(tokens.dtype), tokens)
 
-    def side_information(self, camera_ids: torch.Tensor | None, view_ids: torch.Tensor | None) -> torch.Tensor | None:
+    def side_information(
+        self, batch_size: int, camera_ids: torch.Tensor | None, view_ids: torch.Tensor | None
+    ) -> torch.Tensor | None:
         """(batch, 1, hidden) for the given cameras and views; None where the model or the caller has none."""
         if self.side_embeddings is None or (camera_ids is None and view_ids is None):
             return None
@@ -127,13 +130,15 @@ class PersonViTEmbeddings(nn.Module):
             setting = f"num_{name[:-4]}s"
             if ids is None:
                 raise ValueError(f"`{name}` must be given together with the other ids: `{setting}` is {count}.")
-            check_range(name, ids, count, setting)
+            check_ids(name, ids, batch_size, count, setting)
             index = index * count + ids
         return self.side_embeddings[index]
 
 
-def check_range(name: str, ids: torch.Tensor, count: int, setting: str) -> None:
-    """Raises a ValueError where an id lies outside [0, count), naming the argument and the setting behind it."""
+def check_ids(name: str, ids: torch.Tensor, batch_size: int, count: int, setting: str) -> None:
+    """Raises a ValueError unless there is one id an image in [0, count), naming the argument and its setting."""
+    if tuple(ids.shape) != (batch_size,):
+        raise ValueError(f"`{name}` must be (batch,) = ({batch_size},), got {tuple(ids.shape)}.")
     if torch.compiler.is_compiling() or ids.numel() == 0:
         return
     low, high = ids.min().item(), ids.max().item()
@@ -456,7 +461,7 @@ class PersonViTForReID(PersonViTPreTrainedModel):
 
         loss = id_loss = triplet_loss = None
         if labels is not None:
-            check_range("labels", labels, self.config.num_labels, "num_labels")
+            check_ids("labels", labels, len(logits), self.config.num_labels, "num_labels")
             id_loss = nn.functional.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
             triplet_loss = batch_hard_triplet_loss(feature, labels, self.config.triplet_margin)
             loss = self.config.id_loss_weight * id_loss + self.config.triplet_loss_weight * triplet_loss

@@ -120,7 +120,7 @@ def mim_loss(student: torch.Tensor, teacher: torch.Tensor, bool_masked_pos: torc
         iBOT `main_ibot.py`, `iBOTLoss` (arXiv 2111.07832, eq. 2).
     """
     masked_in_image = bool_masked_pos.sum(1)
-    weight = 1.0 / masked_in_image.clamp(min=1) / bool_masked_pos.shape[0]
+    weight = masked_in_image.clamp(min=1).to(student.dtype).reciprocal() / bool_masked_pos.shape[0]
     weight = weight.repeat_interleave(masked_in_image, output_size=student.shape[0])
     return -((teacher * student).sum(-1) * weight).sum()
 

@@ -1,0 +1,387 @@
+from __future__ import annotations
+
+import os
+import re
+
+import pytest
+import torch
+from golden_fixtures import GOLDEN, assert_same_weights, assert_within, load_golden, load_official, under
+from safetensors.torch import save_file
+from transformers import AutoImageProcessor, AutoModel
+
+from personvit_hf import PersonViTForPreTraining, PersonViTForReID, PersonViTModel
+from personvit_hf.conversion import (
+    BACKBONE_NAMES,
+    HEAD_NAMES,
+    LAYER_NAMES,
+    convert_checkpoint,
+    resize_position_embeddings,
+)
+
+FEATURES, _ = load_golden("personvit_pretrain_features")
+POSITIONS, POSITION_FACTS = load_golden("pos_embed_resize")
+TOLERANCE = 1e-5  # what README.md beside the fixtures states
+
+PRETRAINING = "official_personvit_pretrain"
+REID, REID_WITH_CAMERAS = "official_personvit_reid", "official_personvit_reid_sie"
+HEADS = {PRETRAINING: 3, "official_personvit_pretrain_noargs": 3, REID: 5, REID_WITH_CAMERAS: 5}
+
+
+def convert_official(name: str, target: str = "auto", **settings):
+    return convert_checkpoint(GOLDEN / f"{name}.pth", target, num_attention_heads=HEADS[name], **settings)
+
+
+@pytest.fixture
+def convert(tmp_path):
+    """Converts contents that were written to a file of their own."""
+
+    def write_and_convert(contents, target: str = "auto", **settings):
+        torch.save(contents, tmp_path / "file.pth")
+        return convert_checkpoint(tmp_path / "file.pth", target, **{"num_attention_heads": 3} | settings)[0]
+
+    return write_and_convert
+
+
+def bare_teacher() -> dict[str, torch.Tensor]:
+    """The official teacher's backbone alone, as the official tools extract it."""
+    return under(load_official(PRETRAINING)["teacher"], "backbone.")
+
+
+# What comes out
+
+
+@pytest.mark.parametrize("name", [PRETRAINING, "official_personvit_pretrain_noargs"])
+def test_pretraining_file(name):
+    backbone, processor = convert_official(name)
+    model, _ = convert_official(name, "pretraining")
+    assert type(backbone) is PersonViTModel and type(model) is PersonViTForPreTraining
+    assert not backbone.training and not model.training
+    assert_same_weights(backbone, model.personvit)
+    teacher = bare_teacher()
+    assert torch.equal(backbone.layers[2].attention.qkv_proj.weight, teacher["blocks.2.attn.qkv.weight"])
+    student = under(load_official(name)["student"], "module.backbone.")
+    assert torch.equal(model.student.embeddings.mask_token[0], student["masked_embed"])
+    assert torch.equal(backbone.embeddings.mask_token[0], student["masked_embed"])  # the teacher has none
+    config = model.config
+    assert (config.hidden_size, config.num_hidden_layers, config.intermediate_size) == (48, 3, 192)
+    assert (config.image_size, config.patch_size, config.num_attention_heads) == ([64, 32], 16, 3)
+    assert (config.projection_hidden_size, config.projection_bottleneck_size) == (64, 16)
+    assert (config.num_cls_prototypes, config.num_patch_prototypes) == (96, 64)
+    assert not config.share_projection_head and not config.norm_last_layer
+    assert [*processor.image_mean, *processor.image_std] == [0.485, 0.456, 0.406, 0.229, 0.224, 0.225]
+    assert (processor.size.height, processor.size.width) == (64, 32)
+    assert (model.center.abs().max() > 0) == (name == PRETRAINING)
+
+
+@pytest.mark.parametrize("name", [REID, REID_WITH_CAMERAS])
+def test_reid_file(name):
+    model, processor = convert_official(name)
+    backbone, _ = convert_official(name, "backbone")
+    assert type(model) is PersonViTForReID and not model.training
+    assert not model.bottleneck.bias.requires_grad
+    assert_same_weights(backbone.layers, model.personvit.layers)
+    assert (model.config.num_labels, model.config.num_cameras) == (10, 6 * (name == REID_WITH_CAMERAS))
+    assert list(processor.image_mean) == list(processor.image_std) == [0.5, 0.5, 0.5]
+    assert (processor.size.height, processor.size.width) == (64, 32)
+
+
+@torch.no_grad()
+def test_heads_and_masked_student():
+    model, images = convert_official(PRETRAINING, "pretraining")[0], FEATURES["images"]
+    assert_within(TOLERANCE, model.student(images).last_hidden_state, FEATURES["student_tokens_unmasked"])
+    student = model.student(images, bool_masked_pos=FEATURES["mask"]).last_hidden_state
+    assert_within(TOLERANCE, student, FEATURES["student_tokens_masked"])
+    teacher = model.personvit(images).last_hidden_state
+    for head, tokens, name in (
+        (model.student_head, student, "student_head_{}_masked"),
+        (model.teacher_head, teacher, "teacher_head_{}"),
+    ):
+        bottleneck = head.project(tokens)
+        assert_within(TOLERANCE, head.cls_logits(bottleneck[:, 0]), FEATURES[name.format("cls")])
+        assert_within(TOLERANCE, head.patch_logits(bottleneck[:, 1:]), FEATURES[name.format("patch")])
+    centers = load_official(PRETRAINING)["ibot_loss"]
+    assert_within(0, model.center, centers["center"].flatten())
+    assert_within(0, model.patch_center, centers["center2"].flatten())
+
+
+@pytest.mark.parametrize(("height", "width"), [(128, 64), (96, 48)])
+@torch.no_grad()
+def test_image_size_resizes_positions_as_the_official_finetuning_does(height, width):
+    model, processor = convert_official(PRETRAINING, image_size=(height, width))
+    positions = model.embeddings.position_embeddings
+    assert_within(TOLERANCE, positions, FEATURES[f"finetune_pos_embed_{height}x{width}"])
+    tokens = model(FEATURES[f"images_{height}x{width}"]).last_hidden_state
+    assert_within(TOLERANCE, tokens, FEATURES[f"finetune_tokens_{height}x{width}"])
+    assert (processor.size.height, processor.size.width) == (height, width)
+    assert model.config.image_size == [height, width]
+
+
+CASES = [case for case in POSITION_FACTS["cases"] if case["output"].startswith("finetune.")]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["output"])
+def test_position_embeddings_at_other_sizes(case):
+    grid = tuple(int(side) for side in case["input"].removeprefix("pos_").split("x"))
+    resized = resize_position_embeddings(POSITIONS[case["input"]], grid, tuple(case["target"]))
+    assert_within(TOLERANCE, resized, POSITIONS[case["output"]])
+
+
+@pytest.mark.parametrize(("name", "target"), [(PRETRAINING, "backbone"), (PRETRAINING, "pretraining"), (REID, "reid")])
+def test_converted_models_and_processors_are_saved_and_loaded(tmp_path, name, target):
+    model, processor = convert_official(name, target)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert_same_weights(type(model).from_pretrained(tmp_path), model)
+    expected = model if target == "backbone" else model.personvit
+    loaded = AutoModel.from_pretrained(tmp_path)
+    picture = FEATURES["images"]
+    with torch.no_grad():
+        assert torch.equal(loaded(picture).pooler_output, expected(picture).pooler_output)
+    assert AutoImageProcessor.from_pretrained(tmp_path).to_dict() == processor.to_dict()
+
+
+# Containers
+
+
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "model", "module"])
+@pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "module.backbone."])
+def test_flat_backbones_in_every_wrapping(convert, wrapper, prefix):
+    weights = {prefix + name: value for name, value in bare_teacher().items()}
+    model = convert({wrapper: weights, "epoch": 3} if wrapper else weights)
+    assert type(model) is PersonViTModel
+    expected, _ = convert_official(PRETRAINING)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, expected.state_dict()[name]) or name == "embeddings.mask_token"
+
+
+def test_teacher_wrapped_as_its_student(convert):
+    """As iBOT and DINO write networks with batch norm."""
+    contents = load_official(PRETRAINING)
+    contents["teacher"] = {f"module.{name}": value for name, value in contents["teacher"].items()}
+    for target in ("backbone", "pretraining"):
+        assert_same_weights(convert(contents, target), convert_official(PRETRAINING, target)[0])
+
+
+def test_safetensors_and_half_precision(tmp_path):
+    weights = {name: value.half() for name, value in bare_teacher().items()}
+    save_file(weights, tmp_path / "backbone.safetensors")
+    model, _ = convert_checkpoint(tmp_path / "backbone.safetensors", num_attention_heads=3)
+    assert {value.dtype for value in model.parameters()} == {torch.float32}
+    assert torch.equal(model.layernorm.weight, weights["norm.weight"].float())
+
+
+def test_number_of_heads_is_told_only_where_the_width_tells_it(convert):
+    with pytest.raises(ValueError, match="48.*`num_attention_heads`"):
+        convert_checkpoint(GOLDEN / f"{PRETRAINING}.pth")
+    wide = {"cls_token": (1, 1, 128), "pos_embed": (1, 9, 128), "patch_embed.proj.weight": (128, 3, 4, 4)}
+    wide |= {name: (128,) for name in ("patch_embed.proj.bias", "norm.weight", "norm.bias")}
+    wide |= {f"blocks.0.{name}": (128,) for name in ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias")}
+    for name, width, fan_in in (
+        ("attn.qkv", 384, 128),
+        ("attn.proj", 128, 128),
+        ("mlp.fc1", 96, 128),
+        ("mlp.fc2", 128, 96),
+    ):
+        wide |= {f"blocks.0.{name}.weight": (width, fan_in), f"blocks.0.{name}.bias": (width,)}
+    model = convert({name: torch.rand(shape) for name, shape in wide.items()}, num_attention_heads=2)
+    assert (model.config.image_size, model.config.patch_size, model.config.intermediate_size) == ([16, 8], 4, 96)
+
+
+def test_patch_stride_resizes_positions_to_its_own_grid():
+    model, _ = convert_official(PRETRAINING, image_size=[64, 32], patch_stride=12)
+    expected = resize_position_embeddings(bare_teacher()["pos_embed"], (4, 2), (5, 2))
+    assert torch.equal(model.embeddings.position_embeddings, expected)
+
+
+# What is refused
+
+
+def names_of(official: str) -> list[str]:
+    """How a message may name an official key: as it is, and as we call it."""
+    name = re.sub(r"^(backbone|head|base)\.", "", official.removeprefix("module."))
+    if layer := re.fullmatch(r"blocks\.(\d+)\.(.+)\.(weight|bias)", name):
+        return [name, f"layers.{layer[1]}.{LAYER_NAMES[layer[2]]}.{layer[3]}"]
+    stem, _, kind = name.rpartition(".")
+    table = BACKBONE_NAMES | HEAD_NAMES
+    return [name, table.get(name, name), f"{table.get(stem, stem)}.{kind}"]
+
+
+FILES = [(PRETRAINING, "teacher", "backbone"), (PRETRAINING, "teacher", "pretraining")]
+FILES += [(PRETRAINING, "student", "pretraining"), (REID, None, "reid"), (REID_WITH_CAMERAS, None, "reid")]
+every_file = pytest.mark.parametrize(("name", "role", "target"), FILES)
+# The file is whole without them: TransReID's unused classifier, cameras; only the student has a mask token.
+OPTIONAL = ("base.fc.", "base.sie_embed")
+
+
+@every_file
+@pytest.mark.parametrize("harm", ["missing", "shorter", "NaN", "text"])
+def test_harm_to_any_key_is_an_error_that_names_it(convert, name, role, target, harm):
+    contents = load_official(name)
+    weights = contents[role] if role else contents
+    for key, value in list(weights.items()):
+        optional = any(part in key for part in OPTIONAL) or (target == "backbone" and ".head" in f".{key}")
+        if (
+            re.search(r"blocks\.[12]\.", key)
+            or (optional and harm != "NaN")
+            or (harm == "NaN" and not value.is_floating_point())
+        ):
+            continue
+        if harm == "missing":
+            del weights[key]
+        else:
+            changes = {"NaN": lambda v: v.new_full(v.shape, torch.nan), "text": lambda v: "text"}
+            weights[key] = changes.get(harm, lambda v: v[..., :-1] if v.ndim else v[None])(value)
+        with pytest.raises(ValueError) as error:
+            convert(contents, target, num_attention_heads=HEADS[name])
+        assert any(called in str(error.value) for called in names_of(key)), (key, str(error.value))
+        assert "file.pth" in str(error.value)
+        weights[key] = value
+
+
+UNKNOWN = ["foo", "backbone.foo", "backbone.blocks.0.foo.weight", "backbone.norm.foo", "head.foo"]
+
+
+@every_file
+@pytest.mark.parametrize("key", UNKNOWN)
+def test_unknown_key_is_an_error_that_names_it(convert, name, role, target, key):
+    if target == "backbone" and key.startswith("head."):
+        target = "pretraining"  # the backbone alone leaves out the head as a whole
+    contents = load_official(name)
+    weights = contents[role] if role else contents
+    key = key if role else key.replace("backbone.", "base.").replace("head.", "bottleneck.")
+    weights[key] = torch.zeros(3)
+    with pytest.raises(ValueError, match=key.rpartition(".")[2] if "blocks" not in key else "foo.weight"):
+        convert(contents, target, num_attention_heads=HEADS[name])
+
+
+def test_key_that_stands_twice_is_refused(convert):
+    weights = bare_teacher() | {"module.norm.weight": torch.zeros(48)}
+    with pytest.raises(ValueError, match="norm.weight"):
+        convert(weights)
+
+
+@pytest.mark.parametrize("key", ["pos_embed", "patch_embed.proj.weight"])
+@pytest.mark.parametrize("shape", [(), (48,), (1, 1, 48), (48, 3, 16)])
+def test_tensors_that_tell_the_sizes_are_named_too(convert, key, shape):
+    with pytest.raises(ValueError, match="|".join(names_of(key))):
+        convert(bare_teacher() | {key: torch.zeros(shape)})
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"surprise": 1}, "surprise"),
+        ({"teacher": 3}, "teacher"),
+        ({"student": None}, "student"),
+        ({"teacher": {1: torch.zeros(3)}}, "`teacher`.*called 1"),
+        ({"ibot_loss": {"center": torch.zeros(1, 96)}}, "center2"),
+        ({"ibot_loss": {"center": torch.zeros(1, 95), "center2": torch.zeros(1, 1, 64)}}, r"center.*\(95,\).*\(96,\)"),
+        ({"ibot_loss": {"center": torch.full((1, 96), torch.nan), "center2": torch.zeros(1, 1, 64)}}, "center.*NaN"),
+        ({"ibot_loss": load_official(PRETRAINING)["ibot_loss"] | {"surprise": torch.zeros(1)}}, "surprise"),
+        ({"ibot_loss": [1]}, "ibot_loss"),
+    ],
+)
+def test_other_entries_are_accounted_for(convert, entries, message):
+    with pytest.raises(ValueError, match=message):
+        convert(load_official(PRETRAINING) | entries, "pretraining")
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "message"),
+    [
+        (REID, "pretraining", "'pretraining'.*`student` and `teacher`.*reid"),
+        (PRETRAINING, "reid", "'reid'.*fine-tuned.*pretraining"),
+        (PRETRAINING, "teacher", "`target`.*'teacher'"),
+    ],
+)
+def test_target_that_does_not_fit_the_file(name, target, message):
+    with pytest.raises(ValueError, match=message):
+        convert_official(name, target)
+
+
+def test_more_misfits(convert):
+    trimmed = load_official(PRETRAINING)
+    del trimmed["student"]
+    assert type(convert(trimmed)) is PersonViTModel
+    with pytest.raises(ValueError, match="'pretraining'.*`student`"):
+        convert(trimmed, "pretraining")
+    with pytest.raises(ValueError, match="'reid'.*fine-tuned"):
+        convert(bare_teacher(), "reid")
+    resized, _ = convert_official(PRETRAINING, "pretraining", image_size=[128, 64])
+    assert (
+        resized.student.embeddings.position_embeddings.shape == resized.personvit.embeddings.position_embeddings.shape
+    )
+    assert resized.config.image_size == [128, 64]
+    positions = torch.zeros(1, 4, 48)
+    with pytest.raises(ValueError, match="3 positions.*`image_size="):
+        convert(bare_teacher() | {"pos_embed": positions})
+    assert convert(bare_teacher() | {"pos_embed": positions}, image_size=[48, 16]).config.image_size == [48, 16]
+
+
+# Damaged and hostile files
+
+
+class RunsCode:
+    """What unpickling would turn into a call that makes a folder."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("in_zip", [True, False])
+def test_code_in_a_file_is_refused_and_not_run(tmp_path, in_zip):
+    contents = load_official(PRETRAINING) | {"args": RunsCode(str(tmp_path / "ran"))}
+    torch.save(contents, tmp_path / "file.pth", _use_new_zipfile_serialization=in_zip)
+    with pytest.raises(ValueError, match="file.pth.*read safely"):
+        convert_checkpoint(tmp_path / "file.pth", num_attention_heads=3)
+    assert not (tmp_path / "ran").exists()
+    torch.load(tmp_path / "file.pth", weights_only=False)  # the trap works
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+def test_truncated_files_are_refused(tmp_path, kind):
+    path = tmp_path / ("file.safetensors" if kind == "safetensors" else "file.pth")
+    weights = {name: value for name, value in bare_teacher().items() if "blocks" not in name}
+    if kind == "safetensors":
+        save_file(weights, path)
+    else:
+        torch.save(weights, path, _use_new_zipfile_serialization=kind == "zip")
+    whole = path.read_bytes()
+    for length in (*range(0, 200, 7), *range(200, len(whole), len(whole) // 50)):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=path.name):
+            convert_checkpoint(path, num_attention_heads=3)
+
+
+@pytest.mark.parametrize("contents", [b"not a checkpoint", b"\x80\x02}q\x00", b"\x80\x04K\x01."])
+def test_other_files_are_refused(tmp_path, contents):
+    for name in ("file.pth", "file.safetensors"):
+        (tmp_path / name).write_bytes(contents)
+        with pytest.raises(ValueError, match=name):
+            convert_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [([1, 2], "dictionary.*list"), ({}, "not an official"), ({1: torch.zeros(2)}, "one is called 1")],
+)
+def test_other_contents_are_refused(convert, contents, message):
+    with pytest.raises(ValueError, match=message):
+        convert(contents)
+
+
+def test_checkpoints_of_other_architectures_name_what_is_unknown():
+    with pytest.raises(ValueError, match="patch_embed.conv"):
+        convert_checkpoint(GOLDEN / "official_transreid_ssl_ics.pth", num_attention_heads=2)
+    with pytest.raises(ValueError, match="part_token1|cls_pos|part1_pos"):
+        convert_checkpoint(GOLDEN / "official_pass_pretrain.pth", num_attention_heads=2)
+
+
+def test_missing_file_is_named(tmp_path):
+    for path in (tmp_path / "nowhere.pth", tmp_path):
+        with pytest.raises(FileNotFoundError, match=path.name):
+            convert_checkpoint(path)

@@ -1,0 +1,399 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from golden_fixtures import (
+    GOLDEN,
+    assert_same_weights,
+    assert_within,
+    load_golden,
+    no_transformers_warnings,
+    our_reid_names,
+    tiny_config,
+    tiny_model,
+    under,
+)
+from torch import nn
+from transformers import AutoModel, AutoModelForImageClassification
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from personvit_hf import PersonViTForReID, PersonViTModel, conversion
+from personvit_hf.modeling_personvit import batch_hard_triplet_loss, interpolate_position_embeddings
+from personvit_hf.schedules import finetune_learning_rate, finetuning_parameter_groups
+
+PRETRAINED, PRETRAINED_FACTS = load_golden("personvit_pretrain_features")
+REID, REID_FACTS = load_golden("personvit_reid_features")
+LOSSES, LOSS_FACTS = load_golden("reid_losses")
+STEP, STEP_FACTS = load_golden("reid_train_step")
+POSITIONS, POSITION_FACTS = load_golden("pos_embed_resize")
+TOLERANCE = 1e-5  # what README.md beside the fixtures states for all of these
+
+
+def official_teacher() -> PersonViTModel:
+    heads = PRETRAINED_FACTS["config"]["heads"]
+    return conversion.convert_checkpoint(GOLDEN / "official_personvit_pretrain.pth", num_attention_heads=heads)[0]
+
+
+def official_reid(kind: str, **settings) -> PersonViTForReID:
+    path = GOLDEN / ("official_personvit_reid.pth" if kind == "plain" else "official_personvit_reid_sie.pth")
+    return conversion.convert_checkpoint(path, num_attention_heads=REID_FACTS["config"]["heads"], **settings)[0]
+
+
+def images(batch: int = 3, height: int = 64, width: int = 32) -> torch.Tensor:
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+# Parity with the reference implementations
+
+
+@pytest.mark.parametrize("size", ["", "_128x64", "_96x48"])
+@torch.no_grad()
+def test_teacher_tokens(size):
+    output = official_teacher()(PRETRAINED[f"images{size}"])
+    assert_within(TOLERANCE, output.last_hidden_state, PRETRAINED[f"teacher_tokens{size}"])
+    assert torch.equal(output.pooler_output, output.last_hidden_state[:, 0])
+
+
+@torch.no_grad()
+def test_teacher_attention_and_layers():
+    eager = official_teacher()
+    eager.set_attn_implementation("eager")
+    output = eager(PRETRAINED["images"], output_attentions=True, output_hidden_states=True)
+    assert_within(TOLERANCE, output.attentions[-1], PRETRAINED["teacher_attention_last"])
+    depth = PRETRAINED_FACTS["config"]["depth"]
+    assert len(output.hidden_states) == depth + 1
+    for index in range(depth):
+        normed = eager.layernorm(output.hidden_states[index + 1])
+        assert_within(TOLERANCE, normed, PRETRAINED[f"teacher_normed_layer{index}"])
+
+
+CASES = [case for case in POSITION_FACTS["cases"] if case["output"].startswith("pretrain.")]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["output"])
+def test_position_embeddings_at_other_sizes(case):
+    positions = POSITIONS[case["input"]]
+    native, grid = (tuple(pixels // 16 for pixels in case[name]) for name in ("native_pixels", "target_pixels"))
+    resized = interpolate_position_embeddings(positions, native, grid)
+    assert_within(TOLERANCE, resized, POSITIONS[case["output"]])
+
+
+def test_position_embeddings_keep_their_precision():
+    positions = POSITIONS["pos_16x8"]
+    in_float32, in_float64 = (
+        interpolate_position_embeddings(p, (16, 8), (7, 3)) for p in (positions, positions.double())
+    )
+    assert 0 < (in_float64 - in_float32).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["plain", "sie"])
+@torch.no_grad()
+def test_reid_features(kind):
+    model = official_reid(kind)
+    inputs = {"pixel_values": REID["images"], "camera_ids": REID["camids"] if kind == "sie" else None}
+    output = model(**inputs)
+    assert_within(TOLERANCE, output.embeddings, REID[f"{kind}.global_feat"])
+    assert_within(TOLERANCE, output.logits, REID[f"{kind}.logits"])
+    assert_within(TOLERANCE, model.personvit(**inputs).last_hidden_state, REID[f"{kind}.tokens"])
+    after = official_reid(kind, neck_feature="after")(**inputs)
+    assert_within(TOLERANCE, after.embeddings, REID[f"{kind}.feat_bn"])
+
+    output = model.train()(**inputs)
+    assert_within(TOLERANCE, output.embeddings, REID[f"{kind}.train_global_feat"])
+    assert_within(TOLERANCE, output.logits, REID[f"{kind}.train_logits"])
+    assert_within(TOLERANCE, model.bottleneck.running_mean, REID[f"{kind}.train_running_mean_after"])
+    assert_within(TOLERANCE, model.bottleneck.running_var, REID[f"{kind}.train_running_var_after"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_two_steps_of_finetuning(dtype):
+    facts = STEP_FACTS["config"]
+    model, pictures = official_reid("sie").to(dtype).train(), REID["images"].to(dtype)
+    state, parameters = model.state_dict(), dict(model.named_parameters())
+    groups = finetuning_parameter_groups(model, facts["base_lr"], facts["weight_decay"], facts["bias_lr_factor"])
+    epoch = facts["scheduler_step_called_with"]  # of 120, with 20 of warm-up
+    for group in groups:
+        group["lr"] = finetune_learning_rate(epoch, base=facts["base_lr"], lr_factor=group["lr_factor"])
+    rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    official = {name: torch.tensor(value) for name, value in STEP_FACTS["groups_lr_and_weight_decay"].items()}
+    official = {name: lr.item() for name, (lr, _) in our_reid_names(official).items() if name != "bottleneck.bias"}
+    assert {name: rates.get(id(parameters[name])) for name in official} == pytest.approx(official, rel=1e-6)
+
+    optimizer = torch.optim.SGD(groups, momentum=facts["momentum"])
+    for step, batch in enumerate((pictures, pictures.flip(-1)), start=1):
+        before = {name: value.clone() for name, value in state.items()}
+        output = model(batch, labels=REID["labels"], camera_ids=REID["camids"])
+        optimizer.zero_grad()
+        output.loss.backward()
+        assert output.loss.item() == pytest.approx(STEP_FACTS["losses"][step - 1], abs=TOLERANCE)
+        if step == 1:
+            assert_within(TOLERANCE, output.logits, STEP["score"])
+            assert_within(TOLERANCE, output.embeddings, STEP["feat"])
+            for name, gradient in our_reid_names(under(STEP, "grad.")).items():
+                assert_within(TOLERANCE, parameters[name].grad, gradient)
+            norms = our_reid_names({name: torch.tensor(v) for name, v in STEP_FACTS["gradient_norm"].items()})
+            for name, norm in norms.items():
+                assert parameters[name].grad.norm().item() == pytest.approx(norm.item(), rel=1e-4, abs=TOLERANCE), name
+        optimizer.step()
+        for name, after in our_reid_names(under(STEP, f"after{step}.")).items():
+            assert_within(TOLERANCE, state[name], after)
+            if step == 1 and name in parameters:
+                move, rounding = after - before[name], torch.finfo(torch.float32).eps * after.abs().max()
+                assert_within((1e-3 * move.abs().max() + rounding).item(), state[name] - before[name], move)
+        sums = STEP_FACTS["sum_and_l2_of_every_parameter"][f"after{step}"]
+        for name, expected in our_reid_names({name: torch.tensor(pair) for name, pair in sums.items()}).items():
+            assert_within(1e-4, torch.stack([state[name].sum(), state[name].norm()]), expected)
+
+
+MARGINS = {"soft": None, "margin0.3": 0.3}
+TRIPLETS = [f"{margin}.{scale}" for margin in MARGINS for scale in ("raw", "normalized")]
+
+
+def triplet(feature: torch.Tensor, setting: str) -> torch.Tensor:
+    margin, scale = setting.rsplit(".", 1)
+    if scale == "normalized":
+        feature = feature / (feature.norm(dim=1, keepdim=True) + 1e-12)
+    return batch_hard_triplet_loss(feature, LOSSES["labels"], MARGINS[margin])
+
+
+@pytest.mark.parametrize("setting", TRIPLETS)
+def test_triplet_loss(setting):
+    feature = LOSSES["feat"].clone().requires_grad_()
+    loss = triplet(feature, setting)
+    loss.backward()
+    assert loss.item() == pytest.approx(LOSS_FACTS["values"][f"triplet.{setting}"], abs=TOLERANCE)
+    assert_within(TOLERANCE, feature.grad, LOSSES[f"triplet.{setting}.grad_feat"])
+
+
+class Given(nn.Module):
+    """Answers with a tensor that is given, whatever it is asked."""
+
+    def __init__(self, tensor: torch.Tensor):
+        super().__init__()
+        self.tensor = tensor
+
+    def forward(self, *_, **__) -> torch.Tensor:
+        return self.tensor
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("margin", MARGINS)
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.25, 2.0)])
+def test_reid_model_sums_its_losses(smoothing, margin, weights):
+    """The losses that the model makes of the reference's features and scores."""
+    feature, score = (LOSSES[name].clone().requires_grad_() for name in ("feat", "score"))
+    settings = {"label_smoothing": smoothing, "triplet_margin": MARGINS[margin], "num_labels": score.shape[1]}
+    settings |= {"id_loss_weight": weights[0], "triplet_loss_weight": weights[1]}
+    model = PersonViTForReID(tiny_config(**settings)).train()
+    backbone = BaseModelOutputWithPooling(pooler_output=feature)
+    model.personvit, model.bottleneck, model.classifier = Given(backbone), nn.Identity(), Given(score)
+    output = model(images(), labels=LOSSES["labels"])
+    output.loss.backward()
+
+    identity = "smooth0.1" if smoothing else "plain"
+    values = LOSS_FACTS["values"]
+    expected = [values[f"id.{identity}"], values[f"triplet.{margin}.raw"]]
+    assert [output.id_loss.item(), output.triplet_loss.item()] == pytest.approx(expected, abs=TOLERANCE)
+    total = weights[0] * expected[0] + weights[1] * expected[1]
+    if weights == (1.0, 1.0):
+        name = f"total.smooth_{'on' if smoothing else 'off'}.{margin}.raw"
+        total = values[name]
+        assert_within(TOLERANCE, feature.grad, LOSSES[f"{name}.grad_feat"])
+        assert_within(TOLERANCE, score.grad, LOSSES[f"{name}.grad_score"])
+    assert output.loss.item() == pytest.approx(total, abs=TOLERANCE)
+    assert_within(TOLERANCE, score.grad, weights[0] * LOSSES[f"id.{identity}.grad_score"])
+    assert_within(TOLERANCE, feature.grad, weights[1] * LOSSES[f"triplet.{margin}.raw.grad_feat"])
+
+
+@pytest.mark.parametrize("margin", [None, 0.3])
+def test_triplet_loss_with_any_number_of_images_of_a_person(margin):
+    """Anchor by anchor; people with one picture, two and three."""
+    labels = torch.tensor([4, 1, 4, 0, 1, 4])
+    feature = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    losses = []
+    for anchor in range(6):
+        distance = [(feature[anchor] - other).norm().item() for other in feature]
+        positive = max(distance[other] for other in range(6) if labels[other] == labels[anchor])
+        negative = min(distance[other] for other in range(6) if labels[other] != labels[anchor])
+        soft = torch.tensor(positive - negative, dtype=torch.float64).exp().log1p().item()
+        losses.append(soft if margin is None else max(0.0, positive - negative + margin))
+    loss = batch_hard_triplet_loss(feature, labels, margin)
+    assert loss.item() == pytest.approx(sum(losses) / 6, abs=1e-5)
+    assert torch.autograd.grad(loss, feature)[0].isfinite().all()
+
+
+def test_triplet_loss_of_one_person_is_zero():
+    feature = torch.randn(4, 5, requires_grad=True)
+    batch_hard_triplet_loss(feature, torch.zeros(4, dtype=torch.long), 0.3).backward()
+    assert (feature.grad == 0).all()
+
+
+# Behaviour
+
+
+@torch.no_grad()
+def test_sdpa_equals_eager():
+    model = tiny_model()
+    assert model.config._attn_implementation == "sdpa"
+    expected = model(images()).last_hidden_state
+    model.set_attn_implementation("eager")
+    assert_within(1e-5, model(images()).last_hidden_state, expected)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    model, labels = tiny_model(PersonViTForReID, num_labels=3).train(), torch.tensor([0, 1, 0, 1])
+    calls, gradients = [], []
+    for layer in model.personvit.layers:
+        layer.attention.register_forward_hook(lambda *_: calls.append(0))
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        calls.clear()
+        model(images(4), labels=labels).loss.backward()
+        assert len(calls) == 2 * (1 + checkpointing)
+        gradients.append({name: value.grad for name, value in model.named_parameters() if value.requires_grad})
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 32), (128, 64), (48, 24), (8, 8), (24, 80)])
+@torch.no_grad()
+def test_outputs_at_any_size(height, width):
+    model = tiny_model(PersonViTForReID, num_labels=5)
+    model.set_attn_implementation("eager")
+    output = model(images(2, height, width), output_hidden_states=True, output_attentions=True)
+    tokens = 1 + height // 8 * (width // 8)
+    assert (output.embeddings.shape, output.logits.shape) == ((2, 32), (2, 5))
+    assert [tuple(state.shape) for state in output.hidden_states] == 3 * [(2, tokens, 32)]
+    assert [tuple(weights.shape) for weights in output.attentions] == 2 * [(2, 2, tokens, tokens)]
+    assert_within(1e-5, output.attentions[0].sum(-1), torch.ones(2, 2, tokens))
+    assert model.personvit(images(2, height, width)).last_hidden_state.shape == (2, tokens, 32)
+
+
+@torch.no_grad()
+def test_overlapping_patches():
+    model = tiny_model(patch_stride=6)
+    projection = model.embeddings.patch_embeddings.projection
+    patches = images().unfold(2, 8, 6).unfold(3, 8, 6)  # (batch, channels, rows, columns, 8, 8)
+    assert patches.shape[2:4] == (10, 5)
+    expected = torch.einsum("bcrwhv,dchv->brwd", patches, projection.weight).flatten(1, 2) + projection.bias
+    assert_within(1e-5, model.embeddings.patch_embeddings(images()), expected)
+    assert model(images()).last_hidden_state.shape == (3, 51, 32)
+    plain, same = tiny_model(), tiny_model(patch_stride=8)
+    assert torch.equal(plain(images()).last_hidden_state, same(images()).last_hidden_state)
+
+
+@pytest.mark.parametrize(("cameras", "views"), [(3, 0), (0, 4), (3, 4)])
+@torch.no_grad()
+def test_side_information_is_added_to_every_token(cameras, views):
+    model = tiny_model(num_cameras=cameras, num_views=views, side_information_scale=1.5)
+    camera, view = torch.tensor([2, 0, 1]), torch.tensor([1, 3, 0])
+    ids = ({"camera_ids": camera} if cameras else {}) | ({"view_ids": view} if views else {})
+    table = model.embeddings.side_embeddings.reshape(max(cameras, 1), max(views, 1), 32)
+    rows = table[camera if cameras else 0, view if views else 0].reshape(3, 1, 32)
+    plain = model.embeddings(images())
+    assert_within(1e-5, model.embeddings(images(), **ids), plain + 1.5 * rows)
+    assert not torch.allclose(model(images(), **ids).pooler_output, model(images()).pooler_output)
+
+
+def test_drop_path_grows_by_layer_as_in_the_reference():
+    for name, rates in load_golden("schedules")[1]["drop_path_rates"].items():
+        depth, rate = name.removeprefix("depth").split("_rate")
+        model = PersonViTModel(tiny_config(num_hidden_layers=int(depth), drop_path_rate=float(rate)))
+        assert [layer.drop_path_rate for layer in model.layers] == pytest.approx(rates, abs=1e-6)
+
+
+@torch.no_grad()
+def test_drop_path_drops_whole_layers_of_images_in_training_only():
+    model = tiny_model(drop_path_rate=1.0)
+    output = model(images(), output_hidden_states=True).hidden_states
+    assert not torch.equal(output[2], output[1])
+    output = model.train()(images(), output_hidden_states=True).hidden_states
+    assert not torch.equal(output[1], output[0])
+    assert torch.equal(output[2], output[1])
+    output = tiny_model(drop_path_rate=0.5).train()(images(32), output_hidden_states=True).hidden_states
+    assert 0 < (output[2] == output[1]).flatten(1).all(1).sum() < 32
+
+
+@torch.no_grad()
+def test_masked_patches_are_not_seen():
+    model = tiny_model()
+    mask = torch.zeros(3, 8, 4, dtype=torch.bool)
+    mask[0, 2:5, 1:3] = True
+    hidden = mask[:, None].repeat_interleave(8, 2).repeat_interleave(8, 3)
+    expected = model(images(), bool_masked_pos=mask).last_hidden_state
+    repainted = model(images().masked_fill(hidden, 3.0), bool_masked_pos=mask.flatten(1)).last_hidden_state
+    assert torch.equal(repainted, expected)
+    unmasked = model(images()).last_hidden_state
+    assert torch.equal(unmasked[1:], expected[1:])
+    assert not torch.allclose(unmasked[0], expected[0])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"pixel_values": images()[0]}, "`pixel_values`.*batch, 3, height, width"),
+        ({"pixel_values": images()[:, :2]}, r"`pixel_values`.*\(3, 2, 64, 32\)"),
+        ({"pixel_values": images(height=60)}, "60x32.*`patch_size=8`"),
+        ({"bool_masked_pos": torch.zeros(3, 31)}, r"`bool_masked_pos`.*\(3, 32\).*\(3, 31\)"),
+        ({"camera_ids": torch.tensor([0, 3, 1])}, "`camera_ids`.*`num_cameras` is 3.*0 to 3"),
+        ({"camera_ids": torch.tensor([0, -1, 1])}, "`camera_ids`.*-1 to 1"),
+        ({"camera_ids": torch.tensor([0, 1])}, "`camera_ids`.*3"),
+        ({"labels": torch.tensor([0, 1, 7])}, "`labels`.*`num_labels` is 7.*0 to 7"),
+        ({"labels": torch.tensor([0, -1, 6])}, "`labels`.*-1 to 6"),
+        ({"labels": torch.tensor([0, 1])}, "`labels`.*3"),
+    ],
+)
+def test_bad_input_is_rejected_by_name(inputs, message):
+    model = tiny_model(PersonViTForReID if "labels" in inputs else PersonViTModel, num_cameras=3, num_labels=7)
+    with pytest.raises(ValueError, match=message):
+        model(**{"pixel_values": images()} | inputs)
+
+
+def test_missing_view_and_missing_mask_token_are_named():
+    with pytest.raises(ValueError, match="`view_ids` must be given.*`num_views` is 2"):
+        tiny_model(num_cameras=3, num_views=2)(images(), camera_ids=torch.tensor([0, 1, 2]))
+    with pytest.raises(ValueError, match="`bool_masked_pos`.*use_mask_token=True"):
+        tiny_model(PersonViTForReID).personvit(images(), bool_masked_pos=torch.zeros(3, 32))
+
+
+@torch.no_grad()
+def test_saved_models_come_back_bit_for_bit(tmp_path, caplog):
+    model = tiny_model(PersonViTForReID, num_labels=7, num_cameras=3, patch_stride=6)
+    model.save_pretrained(tmp_path / "reid")
+    model.personvit.save_pretrained(tmp_path / "backbone")
+    with no_transformers_warnings(caplog):
+        for auto in (PersonViTForReID, AutoModelForImageClassification):
+            loaded = auto.from_pretrained(tmp_path / "reid")
+            assert type(loaded) is PersonViTForReID
+            assert_same_weights(loaded, model)
+            assert [name for name, value in loaded.named_parameters() if not value.requires_grad] == [
+                "bottleneck.bias"
+            ]
+        for path in ("backbone", "reid"):
+            loaded, report = AutoModel.from_pretrained(tmp_path / path, output_loading_info=True)
+            assert type(loaded) is PersonViTModel
+            assert not report["missing_keys"]
+            ids = torch.tensor([0, 2, 1])
+            expected = model.personvit(images(), camera_ids=ids).last_hidden_state
+            assert torch.equal(loaded(images(), camera_ids=ids).last_hidden_state, expected)
+
+
+def test_backbone_checkpoint_leaves_nothing_of_reid_uninitialised(tmp_path):
+    backbone = tiny_model()
+    backbone.save_pretrained(tmp_path)
+    model, report = PersonViTForReID.from_pretrained(tmp_path, num_labels=300, output_loading_info=True)
+    assert not report["unexpected_keys"]
+    expected = {name: value for name, value in backbone.state_dict().items() if not name.endswith("mask_token")}
+    torch.testing.assert_close(dict(model.personvit.state_dict()), expected, rtol=0, atol=0)
+    neck = model.bottleneck
+    assert (neck.weight == 1).all() and (neck.bias == 0).all() and not neck.bias.requires_grad
+    assert (neck.running_mean == 0).all() and (neck.running_var == 1).all()
+    assert model.classifier.weight.std().item() == pytest.approx(0.001, rel=0.1)
+
+
+@torch.no_grad()
+def test_exported_program_equals_the_model():
+    model = tiny_model()
+    program = torch.export.export(model, (images(),)).module()
+    assert_within(1e-6, program(images()).last_hidden_state, model(images()).last_hidden_state)
