@@ -13,9 +13,8 @@ import numpy as np
 from accelerate import PartialState
 from transformers import AutoImageProcessor, AutoModel
 
-import personvit_hf  # noqa: F401  (registers the model with the auto classes)
 from personvit_hf import embed_images, load_person_images
-from personvit_hf.scripting import option, parse_arguments
+from personvit_hf.scripting import option, parse_arguments, read_config
 
 
 @dataclass
@@ -30,6 +29,7 @@ class EmbedArguments:
 
 def main() -> None:
     args = parse_arguments(EmbedArguments)
+    read_config(args.model)  # an error if it is no model of ours
     model = AutoModel.from_pretrained(args.model).to(PartialState().device)
     processor = AutoImageProcessor.from_pretrained(args.model)
     images = load_person_images(args.data)
@@ -42,10 +42,11 @@ def main() -> None:
         max_broken_share=args.max_broken_share,
         progress=True,
     )
-    names = np.array([row["path"] or f"row {index}" for index, row in enumerate(images["image"])])
+    names = np.array([(row and row["path"]) or f"row {index}" for index, row in enumerate(images["image"])])
     good = ~np.isnan(embeddings[:, 0])
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    np.savez(args.output, embeddings=embeddings[good], names=names[good])
+    with open(args.output, "wb") as file:  # given a name, numpy would add .npz to any other ending
+        np.savez(file, embeddings=embeddings[good], names=names[good])
     print(f"{args.output}: {good.sum()} embeddings of {embeddings.shape[1]} numbers, {(~good).sum()} images left out")
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers import AutoImageProcessor, AutoModel
 
 from personvit_hf import PersonViTForReID, load_reid_dataset
-from personvit_hf.scripting import option, parse_arguments, score
+from personvit_hf.scripting import option, parse_arguments, read_config, score
 
 
 @dataclass
@@ -30,7 +30,7 @@ class EvaluationArguments:
 
 def load_model(name: str) -> torch.nn.Module:
     """A ReID model where the checkpoint is one (its neck decides the embedding), else the backbone."""
-    architectures = AutoConfig.from_pretrained(name).architectures or []
+    architectures = read_config(name).architectures or []
     auto_class = PersonViTForReID if "PersonViTForReID" in architectures else AutoModel
     return auto_class.from_pretrained(name)
 
@@ -38,6 +38,8 @@ def load_model(name: str) -> torch.nn.Module:
 def main() -> None:
     args = parse_arguments(EvaluationArguments)
     model = load_model(args.model).to(PartialState().device)
+    if args.use_cameras and not model.config.num_cameras:
+        raise ValueError(f"`use_cameras`: {args.model} was trained without cameras (`num_cameras` is 0).")
     processor = AutoImageProcessor.from_pretrained(args.model)
     dataset = load_reid_dataset(args.data)
     result = score(model, processor, dataset, args.use_cameras, args.batch_size, args.num_workers)

@@ -23,12 +23,20 @@ from tqdm.auto import tqdm
 
 from personvit_hf import PersonViTConfig, PersonViTForReID, PersonViTImageProcessor, load_reid_dataset
 from personvit_hf.augmentation import ReIDTransform
-from personvit_hf.checkpointing import TrainingProgress, resume, save_checkpoint
+from personvit_hf.checkpointing import TrainingProgress, resume, save_checkpoint, save_model
 from personvit_hf.person_images import BrokenImage, BrokenImageBudget, PersonImages, split_broken
 from personvit_hf.reid_data import person_labels
 from personvit_hf.sampling import PKSampler
 from personvit_hf.schedules import finetune_learning_rate, finetuning_parameter_groups
-from personvit_hf.scripting import MetricsLog, option, parse_arguments, require_finite, score
+from personvit_hf.scripting import (
+    MetricsLog,
+    load_pretrained,
+    option,
+    parse_arguments,
+    parse_overrides,
+    require_finite,
+    score,
+)
 
 
 @dataclass
@@ -38,6 +46,9 @@ class FinetuneArguments:
     # model
     model_name_or_path: str | None = option(None, "Checkpoint to start from; None for random weights of `preset`.")
     preset: str = option("small", "tiny, small, base or large, without a checkpoint.")
+    attn_implementation: str = option(
+        "sdpa", "eager, sdpa, flash_attention_2 ...; eager is the faster in bf16 on a CPU."
+    )
     config_overrides: str = option("{}", 'Settings of PersonViTConfig as JSON, such as {"label_smoothing": 0.1}.')
     drop_path_rate: float = option(0.1, "Stochastic depth of the last layer.")
     use_cameras: bool = option(False, "Learn an embedding of each camera (SIE).")
@@ -134,9 +145,10 @@ def build_model(args: FinetuneArguments, labels: dict[int, int], num_cameras: in
         "label2id": {str(person): label for person, label in labels.items()},
         "drop_path_rate": args.drop_path_rate,
         "num_cameras": num_cameras,
-    } | json.loads(args.config_overrides)
+        "attn_implementation": args.attn_implementation,
+    } | parse_overrides(args.config_overrides)
     if args.model_name_or_path is not None:
-        return PersonViTForReID.from_pretrained(args.model_name_or_path, **overrides)
+        return load_pretrained(PersonViTForReID, args.model_name_or_path, **overrides)
     overrides.setdefault("image_size", args.image_size)
     return PersonViTForReID(PersonViTConfig.from_preset(args.preset, **overrides))
 
@@ -177,6 +189,11 @@ def main() -> None:
     set_seed(args.seed, device_specific=True)
     model, optimizer, dataloader = accelerator.prepare(model, optimizer, dataloader)
     unwrapped = accelerator.unwrap_model(model)
+    if len(dataloader) == 0:
+        raise ValueError(
+            f"{args.data} has fewer batches of `identities_per_batch` x `images_per_identity` images than the "
+            f"{accelerator.num_processes} processes: lower one of them."
+        )
 
     # Resume
     progress = TrainingProgress()
@@ -237,22 +254,17 @@ def main() -> None:
         progress.epoch = epoch + 1
         bar.update()
         require_finite(progress.step, output_dir, loss=accelerator.reduce(outputs.loss.detach(), "mean").item())
-        if args.save_epochs and progress.epoch % args.save_epochs == 0:
-            save_checkpoint(accelerator, checkpoints, progress.step, args.keep_checkpoints)
         if args.eval_epochs and progress.epoch % args.eval_epochs == 0 and accelerator.is_main_process:
             result = score(unwrapped, processor, dataset, args.use_cameras)
             log.write(progress.step, epoch=epoch, mAP=result["mAP"], rank1=result["rank1"])
         accelerator.wait_for_everyone()
+        # after the score, which a resumed run would not repeat
+        if args.save_epochs and progress.epoch % args.save_epochs == 0:
+            save_checkpoint(accelerator, checkpoints, progress.step, args.keep_checkpoints)
 
     bar.close()
-    unwrapped.save_pretrained(
-        output_dir,
-        is_main_process=accelerator.is_main_process,
-        save_function=accelerator.save,
-        state_dict=accelerator.get_state_dict(model),
-    )
+    save_model(accelerator, model, processor, output_dir)
     if accelerator.is_main_process:
-        processor.save_pretrained(output_dir)
         result = score(unwrapped, processor, dataset, args.use_cameras)
         results = {name: result[name] for name in ("mAP", "mINP", "rank1", "rank5", "rank10", "num_valid_queries")}
         (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")

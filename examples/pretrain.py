@@ -7,7 +7,7 @@ Settings come from flags, from a YAML file (`--config FILE`), or both. The outpu
 the state to resume from (`--resume_from latest`).
 """
 
-import json
+import math
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,7 +28,7 @@ from personvit_hf import (
     load_reid_dataset,
 )
 from personvit_hf.augmentation import MultiCrop, normalize
-from personvit_hf.checkpointing import TrainingProgress, resume, save_checkpoint
+from personvit_hf.checkpointing import TrainingProgress, resume, save_checkpoint, save_model
 from personvit_hf.masking import BlockMasking
 from personvit_hf.person_images import BrokenImage, BrokenImageBudget, PersonImages, split_broken
 from personvit_hf.sampling import EpochSampler
@@ -38,7 +38,15 @@ from personvit_hf.schedules import (
     teacher_temperature,
     warmup_cosine,
 )
-from personvit_hf.scripting import MetricsLog, option, parse_arguments, require_finite, score
+from personvit_hf.scripting import (
+    MetricsLog,
+    load_pretrained,
+    option,
+    parse_arguments,
+    parse_overrides,
+    require_finite,
+    score,
+)
 
 
 @dataclass
@@ -132,9 +140,9 @@ def build_model(args: PretrainArguments) -> PersonViTForPreTraining:
     overrides = {
         "drop_path_rate": args.drop_path_rate,
         "attn_implementation": args.attn_implementation,
-    } | json.loads(args.config_overrides)
+    } | parse_overrides(args.config_overrides)
     if args.model_name_or_path is not None:
-        return PersonViTForPreTraining.from_pretrained(args.model_name_or_path, **overrides)
+        return load_pretrained(PersonViTForPreTraining, args.model_name_or_path, **overrides)
     overrides.setdefault("image_size", args.image_size)
     return PersonViTForPreTraining(PersonViTConfig.from_preset(args.preset, **overrides))
 
@@ -205,11 +213,12 @@ def main() -> None:
 
     # Schedules are functions of the optimizer step
     images_per_step = args.batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    steps_per_epoch = len(dataloader) // args.gradient_accumulation_steps
+    # Accelerate also takes a step at an epoch's end, with what has accumulated by then
+    steps_per_epoch = math.ceil(len(dataloader) / args.gradient_accumulation_steps)
     if steps_per_epoch == 0:
         raise ValueError(
-            f"{args.data} has {len(dataloader.dataset)} images, fewer than the {images_per_step} of one step: "
-            "lower `batch_size` or `gradient_accumulation_steps`."
+            f"{args.data} has {len(dataloader.dataset)} images, fewer than one batch for each of the "
+            f"{accelerator.num_processes} processes: lower `batch_size`."
         )
     total_steps = args.epochs * steps_per_epoch
     peak_rate = args.learning_rate * images_per_step / 256
@@ -263,7 +272,7 @@ def main() -> None:
             momentum = warmup_cosine(progress.step, total_steps=total_steps, base=args.teacher_momentum, final=1.0)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-                group["weight_decay"] = decay if group["weight_decay"] else 0.0
+                group["weight_decay"] = decay if group["name"] == "decayed" else 0.0
 
             inputs = batch["inputs"]
             budget.count(batch["broken"], len(inputs["global_pixel_values"]))
@@ -305,7 +314,7 @@ def main() -> None:
                     teacher_momentum=momentum,
                     images_per_second=images_seen / (time.perf_counter() - started),
                 )
-            if due_to_save:
+            if due_to_save and progress.batch < len(dataloader):
                 save()
         budget.end_epoch()
         progress.epoch, progress.batch = epoch + 1, 0
@@ -314,17 +323,12 @@ def main() -> None:
                 result = score(unwrapped.personvit, processor, eval_dataset)
                 log.write(progress.step, epoch=epoch, mAP=result["mAP"], rank1=result["rank1"])
             accelerator.wait_for_everyone()
+        # here and not above, so that a resumed run starts with the next epoch
+        if due_to_save or (save_steps and epoch + 1 == args.epochs):
+            save()
 
     bar.close()
-    save()
-    accelerator.unwrap_model(model).save_pretrained(
-        output_dir,
-        is_main_process=accelerator.is_main_process,
-        save_function=accelerator.save,
-        state_dict=accelerator.get_state_dict(model),
-    )
-    if accelerator.is_main_process:
-        processor.save_pretrained(output_dir)
+    save_model(accelerator, model, processor, output_dir)
     accelerator.end_training()
 
 

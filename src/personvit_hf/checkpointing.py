@@ -8,7 +8,9 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
+from transformers import BaseImageProcessor
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +50,7 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, keep: int
         accelerator: The run's accelerator.
         folder: Where checkpoints lie.
         step: Optimizer steps done.
-        keep: How many checkpoints to keep, the new one included; at least 1.
+        keep: How many checkpoints up to this step to keep, the new one included; at least 1.
 
     Returns:
         The checkpoint's folder.
@@ -59,7 +61,8 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, keep: int
     final = folder / f"step-{step:08d}"
     partial = final.with_name(final.name + PARTIAL_SUFFIX)
     if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
+        for leftover in folder.glob(f"*{PARTIAL_SUFFIX}"):  # of a run that was killed while saving
+            shutil.rmtree(leftover, ignore_errors=True)
     accelerator.wait_for_everyone()
     try:
         accelerator.save_state(str(partial), safe_serialization=True)
@@ -75,10 +78,40 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, keep: int
     if accelerator.is_main_process:
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        for old in list_checkpoints(folder)[:-keep]:
+        # later ones are of a run that this one branched off from: not in its way, and not its own to remove
+        for old in [path for path in list_checkpoints(folder) if _step_of(path) <= step][:-keep]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return final
+
+
+def save_model(accelerator: Accelerator, model: torch.nn.Module, processor: BaseImageProcessor, folder: Path) -> None:
+    """Saves a trained model and its image processor for `from_pretrained`. Call it on every process.
+
+    Args:
+        accelerator: The run's accelerator.
+        model: The model that `accelerator` prepared.
+        processor: Its image processor.
+        folder: The run's output folder.
+
+    Raises:
+        OSError: if they can't be written; the message says where. Checkpoints are untouched.
+    """
+    state = accelerator.get_state_dict(model)
+    try:
+        accelerator.unwrap_model(model).save_pretrained(
+            folder,
+            is_main_process=accelerator.is_main_process,
+            save_function=accelerator.save,
+            state_dict=state,
+        )
+        if accelerator.is_main_process:
+            processor.save_pretrained(folder)
+    except Exception as error:  # as above
+        raise OSError(
+            f"{folder}: the trained model could not be written ({error}). Free some disk space, then repeat the "
+            "command with `--resume_from latest`, which goes on from the last checkpoint."
+        ) from error
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -86,7 +119,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if path.is_dir() and re.fullmatch(r"step-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=_step_of)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -109,7 +142,7 @@ def resume(accelerator: Accelerator, folder: Path, resume_from: str | None) -> P
     Raises:
         FileNotFoundError: if `resume_from` names a folder that is not there.
         FileExistsError: if a new run would mix with the checkpoints of an old one.
-        ValueError: if the checkpoint does not fit the model.
+        ValueError: if the checkpoint does not fit the model, or is no complete checkpoint.
     """
     found = latest_checkpoint(folder)
     if resume_from is None:
@@ -127,8 +160,16 @@ def resume(accelerator: Accelerator, folder: Path, resume_from: str | None) -> P
         raise FileNotFoundError(f"`resume_from` {checkpoint}: no such checkpoint folder.")
     try:
         accelerator.load_state(str(checkpoint))
-    except (RuntimeError, ValueError, KeyError) as error:
+    except OSError as error:
+        raise ValueError(
+            f"{checkpoint}: not a complete checkpoint: {error}. Give a folder `step-...` or `latest`."
+        ) from error
+    except Exception as error:  # torch, pickle and safetensors raise their own errors for what they can't read
         raise ValueError(
             f"{checkpoint}: this checkpoint does not fit the run: {error}. Resume with the settings it was made with."
         ) from error
     return checkpoint
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))

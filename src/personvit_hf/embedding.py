@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ class _ProcessedImages(torch.utils.data.Dataset):
         if isinstance(image, BrokenImage):
             return image
         if not hasattr(image, "__array_interface__"):  # neither a numpy array nor a PIL image
-            name = f"image {index}" if isinstance(image, bytes) else str(image)
+            name = str(image) if isinstance(image, str | os.PathLike) else f"image {index}"
             try:
                 image = decode_image(image, name)
             except ValueError as error:
@@ -72,7 +73,14 @@ def embed_images(
     if camera_ids is not None and len(camera_ids) != len(images):
         raise ValueError(f"`camera_ids` must have one entry an image: {len(camera_ids)} for {len(images)} images.")
     processed = _ProcessedImages(images, processor)
-    loader = DataLoader(processed, batch_size=batch_size, num_workers=num_workers, collate_fn=split_broken)
+    loader = DataLoader(
+        processed,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate_fn=split_broken,
+        # of its own, so that scoring a model draws nothing from the generator that its training uses
+        generator=torch.Generator(),
+    )
     budget = BrokenImageBudget(max_broken_share)
     embeddings = np.full((len(processed), model.config.hidden_size), np.nan, np.float32)
     was_training = model.training

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
-from dataclasses import field
+from dataclasses import field, fields
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,16 +16,20 @@ import datasets
 import numpy as np
 import yaml
 from accelerate import Accelerator
-from transformers import BaseImageProcessor, HfArgumentParser, PreTrainedModel
+from transformers import AutoConfig, BaseImageProcessor, HfArgumentParser, PreTrainedModel
 
+from .configuration_personvit import PersonViTConfig
 from .embedding import embed_images
 from .reid_retrieval.ranking import evaluate_reid
 
 Arguments = TypeVar("Arguments")
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 def parse_arguments(arguments_class: type[Arguments], argv: Sequence[str] | None = None) -> Arguments:
     """Settings of a script from its flags and, with `--config FILE`, from a YAML file; flags win over the file.
+
+    A setting in the file is checked as its flag would be; one that is null counts as not given.
 
     Args:
         arguments_class: Dataclass with a field for each setting; its help texts are in the fields' metadata.
@@ -35,21 +41,19 @@ def parse_arguments(arguments_class: type[Arguments], argv: Sequence[str] | None
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is no mapping, or has a setting that the script doesn't.
-        SystemExit: for wrong flags, with a usage message (argparse).
+        SystemExit: for wrong flags or values, with a usage message (argparse).
     """
-    parser = HfArgumentParser(arguments_class)
+    # without abbreviations, or `--conf FILE` would be taken for `--config` and its file never read
+    parser = HfArgumentParser(arguments_class, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these settings; flags win over it.")
     argv = list(sys.argv[1:] if argv is None else argv)
     path = _config_path(argv)
     if path is not None:
         settings = read_settings(path)
-        known = {action.dest: action for action in parser._actions}
-        unknown = sorted(set(settings) - set(known))
+        unknown = sorted(set(settings) - {setting.name for setting in fields(arguments_class)})
         if unknown:
             raise ValueError(f"{path}: unknown settings {unknown}. See --help for those that exist.")
-        for name in settings:
-            known[name].required = False
-        parser.set_defaults(**settings)
+        argv = _as_flags(settings) + argv
     namespace = vars(parser.parse_args(argv))
     namespace.pop("config")
     return arguments_class(**namespace)
@@ -73,6 +77,79 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     return settings
 
 
+def parse_overrides(text: str) -> dict[str, Any]:
+    """Settings of PersonViTConfig from the JSON of a script's `config_overrides`.
+
+    Raises:
+        ValueError: if it is not JSON, not an object, or has a setting that PersonViTConfig doesn't.
+    """
+    try:
+        overrides = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`config_overrides` is not JSON: {error}; got {text!r}.") from error
+    if not isinstance(overrides, dict):
+        raise ValueError(f'`config_overrides` must be a JSON object such as {{"drop_path_rate": 0.2}}, got {text!r}.')
+    known = PersonViTConfig()
+    unknown = [name for name in overrides if not hasattr(known, name)]
+    if unknown:
+        raise ValueError(f"`config_overrides`: PersonViTConfig has no settings {unknown}.")
+    return overrides
+
+
+def read_config(name_or_path: str) -> PersonViTConfig:
+    """The configuration of a checkpoint, once it is sure to be one of PersonViT.
+
+    Args:
+        name_or_path: Folder or Hub name of a checkpoint that `save_pretrained` wrote.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is of another architecture, whose weights transformers would replace by random ones.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{name_or_path}: neither folder nor Hub name of a checkpoint that `save_pretrained` wrote: {error} "
+            "(Official .pth files are converted with `convert_checkpoint` first.)"
+        ) from error
+    if config.model_type != PersonViTConfig.model_type:
+        raise ValueError(
+            f"{name_or_path}: a checkpoint of another architecture, model_type {config.model_type!r}; expected "
+            f"{PersonViTConfig.model_type!r}."
+        )
+    return config
+
+
+def load_pretrained(model_class: type[Model], name_or_path: str, **overrides: Any) -> Model:
+    """A model with the whole backbone of a checkpoint; heads that it lacks are new.
+
+    Args:
+        model_class: PersonViTForPreTraining or PersonViTForReID.
+        name_or_path: As in `read_config`.
+        overrides: Settings of PersonViTConfig that replace the checkpoint's.
+
+    Raises:
+        FileNotFoundError: As in `read_config`.
+        ValueError: As in `read_config`, or if with these settings some of the model is not as in the checkpoint.
+    """
+    read_config(name_or_path)
+    model, loading = model_class.from_pretrained(
+        name_or_path, output_loading_info=True, ignore_mismatched_sizes=True, **overrides
+    )
+    backbone = f"{model_class.base_model_prefix}."
+    unlike = [key for key in loading["missing_keys"] if key.startswith(backbone)]
+    unlike += [mismatch[0] for mismatch in loading["mismatched_keys"]]
+    # new with another data set: the classifier of its people, the embedding of its cameras
+    unlike = [key for key in unlike if not key.endswith(("classifier.weight", "side_embeddings"))]
+    if unlike:
+        raise ValueError(
+            f"`model_name_or_path` {name_or_path}: {len(unlike)} parameters are not in it or have another shape, such "
+            f"as {min(unlike)}. Check `config_overrides`: sizes must be the checkpoint's."
+        )
+    return model
+
+
 class MetricsLog:
     """Figures of a run, one JSON object a line, and to Accelerate's trackers if the script uses any.
 
@@ -87,16 +164,19 @@ class MetricsLog:
         self.accelerator = accelerator
         if accelerator.is_main_process:
             path.parent.mkdir(parents=True, exist_ok=True)
-            kept = []
-            if path.exists() and step:
-                kept = [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= step]
-            path.write_text("".join(kept))
+            path.touch()
+            # cut off in place: writing the file anew could lose it all on a full disk
+            lines = path.read_bytes().splitlines(keepends=True) if step else []
+            os.truncate(path, sum(map(len, takewhile(lambda line: _step_of(line) <= step, lines))))
 
     def write(self, step: int, **figures: float) -> None:
         """Adds a line; `step` counts optimizer steps."""
         if self.accelerator.is_main_process:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": step, **figures}) + "\n")
+            try:
+                with self.path.open("a") as file:
+                    file.write(json.dumps({"step": step, **figures}) + "\n")
+            except OSError as error:  # a full disk; Python's own error doesn't name the file
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
         self.accelerator.log(figures, step=step)
 
 
@@ -163,9 +243,19 @@ def _config_path(argv: list[str]) -> str | None:
     return None
 
 
-def _step_of(line: str) -> float:
+def _as_flags(settings: dict[str, Any]) -> list[str]:
+    flags = []
+    for name, value in settings.items():
+        if isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            flags.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+    return flags
+
+
+def _step_of(line: bytes) -> float:
     """The step of a log line; a line that a crash cut short counts as after every step."""
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
+    except (ValueError, KeyError, TypeError):
         return math.inf

@@ -31,13 +31,15 @@ def draw_rankings(
         An RGB picture.
 
     Raises:
-        ValueError: if the shapes don't belong together.
+        ValueError: if the shapes don't belong together, or an outcome is none of the three.
     """
-    if rankings.shape != outcomes.shape or len(query_images) != len(rankings):
+    if rankings.ndim != 2 or rankings.shape != outcomes.shape or len(query_images) != len(rankings):
         raise ValueError(
-            f"`rankings` {rankings.shape} and `outcomes` {outcomes.shape} must have equal shapes, with a row for each "
-            f"of the {len(query_images)} queries."
+            f"`rankings` {rankings.shape} and `outcomes` {outcomes.shape} must both be (rows, columns), with a row "
+            f"for each of the {len(query_images)} queries."
         )
+    if not np.isin(outcomes, (1, 0, -1)).all():
+        raise ValueError(f"`outcomes` must be 1, 0 or -1, got {np.unique(outcomes).tolist()}.")
     height, width = tile_size
     border, gap = 4, 6
     column_width, row_height = width + 2 * border + gap, height + 2 * border + gap

@@ -1,0 +1,591 @@
+"""The scripts as users run them: what they write, how they resume, several processes, and bad input."""
+
+import errno
+import json
+import logging
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from transformers import AutoImageProcessor, AutoModel, ViTConfig, ViTModel
+
+from personvit_hf import PersonViTConfig, PersonViTForPreTraining, PersonViTForReID, embed_images, load_person_images
+from personvit_hf.checkpointing import latest_checkpoint, list_checkpoints
+from personvit_hf.schedules import warmup_cosine
+from personvit_hf.scripting import parse_arguments, parse_overrides
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+MODEL = {
+    **{"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 64, "patch_size": 8},
+    **{"num_cls_prototypes": 64, "num_patch_prototypes": 32},
+    **{"projection_hidden_size": 32, "projection_bottleneck_size": 16},
+}
+PRETRAIN = {
+    **{"config_overrides": json.dumps(MODEL), "image_size": [32, 16], "local_size": [16, 8], "num_local_crops": 2},
+    **{"epochs": 2, "batch_size": 8, "warmup_epochs": 0.5, "logging_steps": 1, "num_workers": 1, "save_epochs": 0},
+}
+FINETUNE = {
+    **{"image_size": [32, 16], "padding": 2, "identities_per_batch": 3, "images_per_identity": 2, "epochs": 2},
+    **{"optimizer": "adamw", "warmup_epochs": 1, "logging_steps": 1, "num_workers": 1, "save_epochs": 0},
+}
+NUM_UNLABELLED, STEPS_PER_EPOCH = 50, 6
+NUM_PEOPLE, IMAGES_PER_PERSON = 9, 4
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory) -> Path:
+    """Some of the demo's pictures: a folder of unlabelled ones, and a Market-1501 tree."""
+    root = tmp_path_factory.mktemp("people")
+    folders = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
+    for split in ("unlabelled", *folders):
+        rows = datasets.Dataset.from_parquet(str(EXAMPLES / "data" / f"{split}-00000-of-00001.parquet"))
+        rows = rows.cast_column("image", datasets.Image(decode=False))
+        folder = root / "market" / folders[split] if split in folders else root / split
+        folder.mkdir(parents=True)
+        if split == "unlabelled":
+            rows = rows.select(range(NUM_UNLABELLED))
+        else:  # of few people, the same in query and gallery
+            first = sorted({person for person in rows["person_id"] if person > 0})[:NUM_PEOPLE]
+            rows = rows.filter(lambda person, first=first: person in {-1, 0, *first}, input_columns="person_id")
+        seen: Counter = Counter()
+        for i, row in enumerate(rows):
+            seen[row["person_id"]] += 1
+            if split == "train" and seen[row["person_id"]] > IMAGES_PER_PERSON:
+                continue
+            name = f"{i:05d}.jpg"
+            if split in folders:
+                name = f"{row['person_id']:04d}_c{row['camera_id'] + 1}_{name}".replace("-001", "-1")
+            (folder / name).write_bytes(row["image"]["bytes"])
+    return root
+
+
+def as_flags(settings: dict) -> list[str]:
+    flags = []
+    for name, value in settings.items():
+        flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return flags
+
+
+def run(script: str, *flags: str, **settings) -> None:
+    """The script in this process: importing its libraries takes seconds, and here they are."""
+    argv, threads = sys.argv, torch.get_num_threads()
+    torch.set_num_threads(1)  # as processes of their own have: sums depend on it
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    sys.argv = [script, *flags, *as_flags(settings)]
+    try:
+        runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+    finally:
+        sys.argv = argv
+        torch.set_num_threads(threads)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
+def start(script: str, launcher: tuple[str, ...] = (), **settings) -> subprocess.Popen:
+    command = [sys.executable, *launcher, str(EXAMPLES / script), *as_flags(settings)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def run_on_two_processes(script: str, **settings) -> None:
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    process = start(script, launcher, **settings)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+
+
+def run_and_kill(script: str, after_step: int, **settings) -> None:
+    """Kills the script when it has saved a checkpoint of `after_step` steps or more."""
+    checkpoints = Path(settings["output_dir"]) / "checkpoints"
+    process = start(script, **settings)
+    deadline = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline:
+        if any(step_of(path) >= after_step for path in list_checkpoints(checkpoints)):
+            break
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    if process.wait() != -signal.SIGKILL:
+        pytest.fail(f"{script} ended before it was killed:\n{process.communicate()[0]}")
+    process.stdout.close()  # not read to its end, which comes when the data workers notice
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def log_lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def figures(folder: Path) -> list[dict]:
+    """The run's log, without how fast it went."""
+    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in log_lines(folder)]
+
+
+def column(folder: Path, name: str) -> np.ndarray:
+    return np.array([line[name] for line in log_lines(folder) if name in line])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def pretrained(people, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pretrained")
+    run("pretrain.py", data=people / "unlabelled", output_dir=folder, **PRETRAIN)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finetuned(people, pretrained, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("finetuned")
+    run("finetune.py", data=people / "market", model_name_or_path=pretrained, output_dir=folder, **FINETUNE)
+    return folder
+
+
+@pytest.mark.parametrize("script", ["pretrain.py", "finetune.py", "evaluate_reid.py", "embed.py"])
+def test_help(script, capsys):
+    with pytest.raises(SystemExit) as exited:
+        run(script, "--help")
+    assert exited.value.code == 0
+    text = capsys.readouterr().out
+    assert "--config FILE" in text
+    assert "--data" in text
+
+
+@pytest.mark.parametrize("recipe", sorted(path.name for path in (EXAMPLES / "recipes").glob("*.yaml")))
+def test_recipes_are_settings_of_their_script(recipe):
+    script, arguments = ("pretrain.py", "PretrainArguments")
+    if "finetune" in recipe:
+        script, arguments = ("finetune.py", "FinetuneArguments")
+    arguments_class = runpy.run_path(str(EXAMPLES / script))[arguments]
+    flags = ["--config", str(EXAMPLES / "recipes" / recipe), "--data", "data", "--output_dir", "out"]
+    args = parse_arguments(arguments_class, flags)
+    assert args.data == "data"
+    config = PersonViTConfig.from_preset(args.preset, **parse_overrides(args.config_overrides))
+    assert config.patch_grid(*args.image_size)
+    assert 0 <= args.warmup_epochs <= args.epochs
+
+
+# What the scripts write
+
+
+def test_pretraining_gives_the_teacher_to_auto_model(pretrained):
+    assert {path.name for path in pretrained.iterdir()} >= {"config.json", "arguments.yaml", "modeling_personvit.py"}
+    assert not (pretrained / "checkpoints").exists()
+    backbone = AutoModel.from_pretrained(pretrained).state_dict()
+    model = PersonViTForPreTraining.from_pretrained(pretrained)
+    teacher, student = model.personvit.state_dict(), model.student.state_dict()
+    stored = weights(pretrained)
+    assert set(backbone) == set(teacher)
+    for name, weight in backbone.items():
+        assert torch.equal(weight, teacher[name])
+        assert torch.equal(weight, stored[f"personvit.{name}"])
+    assert not torch.equal(teacher["layers.1.mlp.fc1.weight"], student["layers.1.mlp.fc1.weight"])
+    processor = AutoImageProcessor.from_pretrained(pretrained)
+    assert (processor.size["height"], processor.size["width"]) == (32, 16)
+    assert list(processor.image_mean) == [0.485, 0.456, 0.406]
+
+
+def test_pretraining_logs_every_step_with_its_schedules(pretrained):
+    steps = 2 * STEPS_PER_EPOCH
+    assert column(pretrained, "step").tolist() == list(range(1, steps + 1))
+    assert column(pretrained, "epoch").tolist() == [0] * STEPS_PER_EPOCH + [1] * STEPS_PER_EPOCH
+    losses = column(pretrained, "loss")
+    assert np.isfinite(losses).all()
+    np.testing.assert_allclose(losses, column(pretrained, "dino_loss") + column(pretrained, "mim_loss"), rtol=1e-6)
+    momentum = [warmup_cosine(step, total_steps=steps, base=0.996, final=1.0) for step in range(steps)]
+    assert column(pretrained, "teacher_momentum").tolist() == momentum
+    decay = [warmup_cosine(step, total_steps=steps, base=0.04, final=0.4) for step in range(steps)]
+    assert column(pretrained, "weight_decay").tolist() == decay
+    peak = {"base": 5e-4 * 8 / 256, "final": 1e-6, "warmup_steps": STEPS_PER_EPOCH // 2}
+    assert column(pretrained, "learning_rate").tolist() == [
+        warmup_cosine(step, total_steps=steps, **peak) for step in range(steps)
+    ]
+
+
+def test_settings_of_a_run_give_it_again_and_flags_win(people, pretrained, tmp_path):
+    settings = yaml.safe_load((pretrained / "arguments.yaml").read_text())
+    assert settings["data"] == str(people / "unlabelled")
+    assert settings["image_size"] == [32, 16]
+    run("pretrain.py", config=pretrained / "arguments.yaml", output_dir=tmp_path / "again")
+    assert figures(tmp_path / "again") == figures(pretrained)
+    assert_same_weights(tmp_path / "again", pretrained)
+    run("pretrain.py", config=pretrained / "arguments.yaml", output_dir=tmp_path / "other", epochs=1, seed=1)
+    assert column(tmp_path / "other", "step").tolist() == list(range(1, STEPS_PER_EPOCH + 1))
+    assert column(tmp_path / "other", "loss")[0] != column(pretrained, "loss")[0]
+
+
+def test_weight_decay_may_start_at_zero(people, pretrained, tmp_path):
+    settings = PRETRAIN | {"weight_decay": 0.0, "learning_rate": 1.0}
+    for name, final in (("none", 0.0), ("some", 0.4)):
+        run(
+            "pretrain.py", data=people / "unlabelled", output_dir=tmp_path / name, **settings, final_weight_decay=final
+        )
+    norms = [weights(tmp_path / name)["student_head.mlp.2.weight"].norm() for name in ("none", "some")]
+    assert norms[1] < norms[0]
+
+
+def test_finetuning_writes_a_reid_model_and_its_results(people, pretrained, finetuned):
+    model = PersonViTForReID.from_pretrained(finetuned)
+    assert model.config.num_labels == NUM_PEOPLE
+    names = sorted({int(path.name[:4]) for path in (people / "market" / "bounding_box_train").iterdir()})
+    assert model.config.id2label == {label: str(person) for label, person in enumerate(names)}
+    teacher, tuned = weights(pretrained), weights(finetuned)
+    for name in ("personvit.embeddings.patch_embeddings.projection.weight", "personvit.layers.0.mlp.fc1.weight"):
+        distance = (teacher[name] - tuned[name]).norm() / teacher[name].norm()
+        assert 0 < distance < 0.2  # it set out from the teacher
+    losses = column(finetuned, "loss")
+    assert len(losses) >= 2 * (STEPS_PER_EPOCH - 1)
+    np.testing.assert_allclose(losses, column(finetuned, "id_loss") + column(finetuned, "triplet_loss"), rtol=1e-6)
+    assert set(column(finetuned, "epoch")) == {0, 1}
+    assert list(AutoImageProcessor.from_pretrained(finetuned).image_mean) == [0.5, 0.5, 0.5]
+
+
+def test_evaluation_gives_the_results_of_finetuning(people, pretrained, finetuned, tmp_path, capsys):
+    output = tmp_path / "new" / "figures.json"
+    run("evaluate_reid.py", model=finetuned, data=people / "market", output=output, num_workers=0)
+    found, expected = json.loads(output.read_text()), json.loads((finetuned / "results.json").read_text())
+    assert {name: found[name] for name in expected} == expected
+    assert found["cmc"][0] == found["rank1"]
+    text = capsys.readouterr().out
+    assert "27 of 27 queries have a match" in text
+    assert f"mAP {100 * expected['mAP']:6.2f}" in text
+
+    run("evaluate_reid.py", model=pretrained, data=people / "market", output=output, num_workers=0)
+    assert json.loads(output.read_text())["mAP"] != expected["mAP"]
+
+
+def test_embedding_writes_vectors_and_names(people, finetuned, tmp_path):
+    output = tmp_path / "new" / "features.bin"
+    run("embed.py", model=finetuned, data=people / "unlabelled", output=output, num_workers=0, batch_size=16)
+    with np.load(output) as found:
+        assert found["embeddings"].shape == (NUM_UNLABELLED, 32)
+        assert found["embeddings"].dtype == np.float32
+        assert found["names"].tolist() == sorted(str(path) for path in (people / "unlabelled").iterdir())
+        model, processor = AutoModel.from_pretrained(finetuned), AutoImageProcessor.from_pretrained(finetuned)
+        expected = embed_images(model, processor, load_person_images(people / "unlabelled"))
+        np.testing.assert_allclose(found["embeddings"], expected, atol=1e-6)
+
+
+def test_cameras_as_side_information(people, pretrained, tmp_path):
+    settings = FINETUNE | {"data": people / "market", "output_dir": tmp_path, "model_name_or_path": pretrained}
+    run("finetune.py", "--use_cameras", **settings)
+    assert weights(tmp_path)["personvit.embeddings.side_embeddings"].shape == (6, 1, 32)
+    for flags, same in ((["--use_cameras"], True), ([], False)):
+        output = tmp_path / "figures.json"
+        run("evaluate_reid.py", *flags, model=tmp_path, data=people / "market", output=output, num_workers=0)
+        results = json.loads((tmp_path / "results.json").read_text())
+        assert (json.loads(output.read_text())["mAP"] == results["mAP"]) == same
+
+
+def test_fine_tuned_model_goes_on_with_other_people(people, finetuned, tmp_path):
+    shutil.copytree(people / "market", tmp_path / "market")
+    for path in (tmp_path / "market" / "bounding_box_train").glob("0001_*"):
+        path.unlink()
+    settings = FINETUNE | {
+        "data": tmp_path / "market",
+        "output_dir": tmp_path / "out",
+        "epochs": 1,
+        "warmup_epochs": 0,
+    }
+    run("finetune.py", model_name_or_path=finetuned, **settings)
+    assert weights(tmp_path / "out")["classifier.weight"].shape == (NUM_PEOPLE - 1, 32)
+
+
+# Resuming
+
+
+def test_pretraining_that_was_killed_resumes_bit_for_bit(people, tmp_path):
+    settings = PRETRAIN | {
+        **{"data": people / "unlabelled", "eval_data": people / "market", "eval_epochs": 3},
+        **{"epochs": 15, "save_epochs": 5 / 6},  # every 5 of 6 steps: nearly always in mid-epoch
+    }
+    run("pretrain.py", output_dir=tmp_path / "unbroken", **settings)
+    killed = tmp_path / "killed"
+    run_and_kill("pretrain.py", after_step=10, output_dir=killed, **settings)
+    checkpoint = latest_checkpoint(killed / "checkpoints")
+    progress = torch.load(checkpoint / "custom_checkpoint_0.pkl")
+    assert progress["step"] == step_of(checkpoint) < 15 * STEPS_PER_EPOCH
+    assert progress["batch"] == progress["step"] % STEPS_PER_EPOCH > 0  # in mid-epoch
+    before = {line["step"]: line for line in log_lines(killed) if "loss" in line}
+
+    run("pretrain.py", output_dir=killed, resume_from="latest", **settings)
+    assert figures(killed) == figures(tmp_path / "unbroken")
+    assert_same_weights(killed, tmp_path / "unbroken")
+    # the steps before the checkpoint were not done again: their lines still tell how fast they went
+    after = {line["step"]: line for line in log_lines(killed) if "loss" in line}
+    assert all((before[step] == after[step]) == (step <= progress["step"]) for step in before)
+    last = f"checkpoints/step-{15 * STEPS_PER_EPOCH:08d}"
+    assert_same_weights(killed / last, tmp_path / "unbroken" / last)
+
+
+def test_finetuning_that_was_killed_resumes_bit_for_bit(people, pretrained, tmp_path):
+    settings = FINETUNE | {
+        **{"data": people / "market", "model_name_or_path": pretrained},
+        **{"epochs": 12, "save_epochs": 2, "eval_epochs": 2},
+    }
+    run("finetune.py", output_dir=tmp_path / "unbroken", **settings)
+    killed = tmp_path / "killed"
+    run_and_kill("finetune.py", after_step=15, output_dir=killed, **settings)
+    progress = torch.load(latest_checkpoint(killed / "checkpoints") / "custom_checkpoint_0.pkl")
+    assert 0 < progress["epoch"] < 12
+    before = {line["step"]: line for line in log_lines(killed) if "loss" in line}
+
+    run("finetune.py", output_dir=killed, resume_from="latest", **settings)
+    assert figures(killed) == figures(tmp_path / "unbroken")
+    assert_same_weights(killed, tmp_path / "unbroken")
+    assert (killed / "results.json").read_text() == (tmp_path / "unbroken" / "results.json").read_text()
+    after = {line["step"]: line for line in log_lines(killed) if "loss" in line}
+    assert all((before[step] == after[step]) == (step <= progress["step"]) for step in before)
+
+
+def test_full_disk_loses_nothing_that_was_saved(people, pretrained, tmp_path, monkeypatch):
+    settings = PRETRAIN | {"data": people / "unlabelled", "output_dir": tmp_path, "save_epochs": 4 / 6}
+    save_state = Accelerator.save_state
+
+    def save_state_until_the_disk_is_full(self, folder, **options):
+        save_state(self, folder, **options)
+        if "step-00000004" not in folder:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Accelerator, "save_state", save_state_until_the_disk_is_full)
+    with pytest.raises(OSError, match="step-00000008: .*No space left on device.*step-00000004"):
+        run("pretrain.py", **settings)
+    monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000004"]
+    run("pretrain.py", **settings, resume_from="latest")
+    assert_same_weights(tmp_path, pretrained)  # which never saved on its way
+
+
+def test_finished_run_resumes_to_itself(people, finetuned, pretrained, tmp_path):
+    settings = FINETUNE | {"data": people / "market", "output_dir": tmp_path, "save_epochs": 1}
+    run("finetune.py", model_name_or_path=pretrained, **settings)
+    assert len(list_checkpoints(tmp_path / "checkpoints")) == 2
+    before = contents(tmp_path)
+    run("finetune.py", model_name_or_path=pretrained, **settings, resume_from="latest")
+    after = contents(tmp_path)
+    assert {name for name in before if before[name] != after[name]} == {"arguments.yaml"}  # it was told to resume
+    assert_same_weights(tmp_path, finetuned)
+
+
+# Several processes, and batches in parts
+
+
+def test_pretraining_on_two_processes_equals_one_with_their_batches(people, tmp_path):
+    settings = PRETRAIN | {"data": people / "unlabelled", "drop_path_rate": 0.0, "save_epochs": 1}
+    run("pretrain.py", output_dir=tmp_path / "one", **settings)
+    run_on_two_processes("pretrain.py", output_dir=tmp_path / "two", **settings | {"batch_size": 4})
+    saved = latest_checkpoint(tmp_path / "two" / "checkpoints")
+    assert (saved / "random_states_1.pkl").exists()  # they were two that knew of each other
+    assert_same_training(tmp_path / "one", tmp_path / "two")
+
+
+def test_accumulated_gradients_equal_those_of_one_batch(people, tmp_path):
+    # Centers move with each part of a batch, so the parts' targets differ a little; here they stand still.
+    overrides = json.dumps(MODEL | {"center_momentum": 1.0})
+    settings = PRETRAIN | {"data": people / "unlabelled", "drop_path_rate": 0.0, "config_overrides": overrides}
+    run("pretrain.py", output_dir=tmp_path / "one", **settings)
+    parts = settings | {"batch_size": 4, "gradient_accumulation_steps": 2}
+    run("pretrain.py", output_dir=tmp_path / "parts", **parts)
+    assert_same_training(tmp_path / "one", tmp_path / "parts", same_loss=False)  # its log has the last part's loss
+
+
+def assert_same_training(first: Path, second: Path, same_loss: bool = True) -> None:
+    names = ["step", "epoch", "learning_rate", "weight_decay", "teacher_momentum"]
+    for name in names + ["loss", "dino_loss", "mim_loss"] * same_loss:
+        np.testing.assert_allclose(column(first, name), column(second, name), rtol=1e-5, err_msg=name)
+    a, b = weights(first), weights(second)
+    for name in a:
+        if name.endswith("qkv_proj.bias"):
+            # the keys' bias changes no attention: its gradient is rounding noise, which AdamW makes steps of
+            a[name][32:64] = b[name][32:64] = 0
+    assert_close(a, b, atol=1e-5, rtol=0)
+
+
+def test_the_last_part_of_an_epoch_is_a_step_too(people, tmp_path):
+    settings = PRETRAIN | {"batch_size": 7, "gradient_accumulation_steps": 2, "save_epochs": 1}
+    run("pretrain.py", data=people / "unlabelled", output_dir=tmp_path, **settings)  # 7 batches: 2 + 2 + 2 + 1
+    assert column(tmp_path, "step").tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+    momentum = [warmup_cosine(step, total_steps=8, base=0.996, final=1.0) for step in range(8)]
+    assert column(tmp_path, "teacher_momentum").tolist() == momentum
+    assert [step_of(path) for path in list_checkpoints(tmp_path / "checkpoints")] == [4, 8]
+
+
+def test_finetuning_on_two_processes(people, pretrained, tmp_path):
+    settings = FINETUNE | {"data": people / "market", "model_name_or_path": pretrained, "save_epochs": 1}
+    run_on_two_processes("finetune.py", output_dir=tmp_path, **settings)
+    assert (latest_checkpoint(tmp_path / "checkpoints") / "random_states_1.pkl").exists()
+    losses = column(tmp_path, "loss")
+    assert len(losses) in (4, 5, 6)  # 5 or 6 batches an epoch, two at a time
+    assert np.isfinite(losses).all()
+    assert 0 < json.loads((tmp_path / "results.json").read_text())["mAP"] <= 1
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    "script, settings",
+    [
+        ("pretrain.py", PRETRAIN | {"output_dir": "out"}),
+        ("finetune.py", FINETUNE | {"output_dir": "out", "config_overrides": json.dumps(MODEL)}),
+    ],
+)
+def test_data_folder_that_is_missing_or_empty(script, settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no_such_folder"):
+        run(script, data="no_such_folder", **settings)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty: "):
+        run(script, data="empty", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def with_broken_images(people, tmp_path) -> Path:
+    folder = tmp_path / "with_broken"
+    folder.mkdir()
+    for path in (people / "unlabelled").iterdir():
+        (folder / path.name).symlink_to(path)
+    (folder / "00007b.jpg").write_bytes(b"no image")
+    (folder / "00030b.jpg").write_bytes((people / "unlabelled" / "00030.jpg").read_bytes()[:300])
+    return folder
+
+
+def test_some_broken_images_are_skipped_and_counted(with_broken_images, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        settings = PRETRAIN | {"data": with_broken_images, "max_broken_share": 0.05}
+        run("pretrain.py", output_dir=tmp_path / "out", **settings)
+    for name in ("00007b.jpg", "00030b.jpg"):
+        assert caplog.text.count(name) == 1
+    assert "of 48 images were broken and skipped" in caplog.text
+    assert len(log_lines(tmp_path / "out")) == 2 * STEPS_PER_EPOCH
+
+
+def test_too_many_broken_images_stop_the_run(with_broken_images, tmp_path):
+    with pytest.raises(RuntimeError, match="of 48 images are broken, more than the share of 0.01") as caught:
+        run("pretrain.py", data=with_broken_images, output_dir=tmp_path / "out", **PRETRAIN | {"num_workers": 0})
+    assert "b.jpg" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "script, wrong, message",
+    [
+        ("pretrain.py", {"image_size": [30, 16]}, "30x16 pixels .*patch_size=8"),
+        ("pretrain.py", {"image_size": [32]}, "`image_size`"),
+        ("pretrain.py", {"local_size": [16, 9]}, "16x9 pixels .*patch_size=8"),
+        ("pretrain.py", {"batch_size": 51}, "unlabelled has 50 images, fewer than `batch_size` 51"),
+        ("pretrain.py", {"preset": "huge"}, "huge"),
+        ("pretrain.py", {"config_overrides": "{patch_size: 8}"}, "`config_overrides` is not JSON"),
+        ("pretrain.py", {"config_overrides": '{"pach_size": 8}'}, "pach_size"),
+        ("finetune.py", {"image_size": [32, 17]}, "32x17 pixels .*patch_size=8"),
+        ("finetune.py", {"optimizer": "lion"}, "`optimizer` must be sgd or adamw, got 'lion'"),
+        ("finetune.py", {"identities_per_batch": 10}, "9 identities, and a batch needs 10"),
+    ],
+)
+def test_settings_that_can_not_work(people, tmp_path, script, wrong, message):
+    data, settings = people / "unlabelled", PRETRAIN
+    if script == "finetune.py":
+        data, settings = people / "market", FINETUNE | {"config_overrides": json.dumps(MODEL)}
+    with pytest.raises((ValueError, StrictDataclassError), match=message):
+        run(script, data=data, output_dir=tmp_path / "out", **settings | wrong)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_settings_in_a_file(people, tmp_path):
+    (tmp_path / "settings.yaml").write_text("epoch: 3\n")
+    with pytest.raises(ValueError, match=r"settings\.yaml: unknown settings \['epoch'\]"):
+        run("pretrain.py", config=tmp_path / "settings.yaml", data=people / "unlabelled", output_dir=tmp_path / "out")
+
+
+def test_a_loss_that_is_no_number_stops_before_anything_is_saved(people, tmp_path):
+    settings = PRETRAIN | {"data": people / "unlabelled", "output_dir": tmp_path, "epochs": 1, "save_epochs": 1}
+    run("pretrain.py", **settings)
+    before = contents(tmp_path / "checkpoints")
+    diverging = settings | {"epochs": 3, "learning_rate": 1e30, "logging_steps": 5, "save_epochs": 0.5}
+    diverging["num_workers"] = 0
+    with pytest.raises(FloatingPointError, match="`loss` is nan after step 9: training has diverged") as caught:
+        run("pretrain.py", **diverging, resume_from="latest")
+    assert str(tmp_path) in str(caught.value)
+    assert contents(tmp_path / "checkpoints") == before
+    assert column(tmp_path, "step").tolist() == list(range(1, STEPS_PER_EPOCH + 1))
+
+
+def test_finetuning_that_diverges_stops(people, pretrained, tmp_path):
+    settings = FINETUNE | {"learning_rate": 1e30, "save_epochs": 1, "logging_steps": 1000, "num_workers": 0}
+    with pytest.raises(FloatingPointError, match="`loss` is nan after step"):
+        run("finetune.py", data=people / "market", model_name_or_path=pretrained, output_dir=tmp_path, **settings)
+    assert list_checkpoints(tmp_path / "checkpoints") == []
+
+
+def test_resuming_what_can_not_be_resumed(people, pretrained, tmp_path):
+    settings = PRETRAIN | {"data": people / "unlabelled", "output_dir": tmp_path, "epochs": 1, "save_epochs": 1}
+    run("pretrain.py", **settings)
+    before = contents(tmp_path)
+    with pytest.raises(FileExistsError, match="step-00000006.*--resume_from latest"):
+        run("pretrain.py", **settings)
+    with pytest.raises(FileNotFoundError, match="`resume_from` .*step-00000099"):
+        run("pretrain.py", **settings, resume_from=tmp_path / "checkpoints" / "step-00000099")
+    with pytest.raises(ValueError, match="not a complete checkpoint"):
+        run("pretrain.py", **settings, resume_from=pretrained)
+    deeper = json.dumps(MODEL | {"num_hidden_layers": 3})
+    with pytest.raises(ValueError, match="step-00000006: this checkpoint does not fit the run"):
+        run("pretrain.py", **settings | {"config_overrides": deeper}, resume_from="latest")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("script, data", [("pretrain.py", "unlabelled"), ("finetune.py", "market")])
+def test_model_of_another_architecture(people, tmp_path, script, data):
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 64}
+    ViTModel(ViTConfig(**sizes, image_size=32, patch_size=8)).save_pretrained(tmp_path / "vit")
+    settings = PRETRAIN if script == "pretrain.py" else FINETUNE
+    with pytest.raises(ValueError, match="vit: a checkpoint of another architecture, model_type 'vit'"):
+        run(
+            script,
+            data=people / data,
+            model_name_or_path=tmp_path / "vit",
+            output_dir=tmp_path / "out",
+            **settings | {"config_overrides": "{}"},
+        )
+
+
+@pytest.mark.parametrize("script", ["finetune.py", "evaluate_reid.py", "embed.py"])
+def test_model_that_is_not_there(people, tmp_path, script):
+    settings = {"model": tmp_path / "nowhere", "output": tmp_path / "out", "num_workers": 0}
+    if script == "finetune.py":
+        settings = FINETUNE | {"model_name_or_path": tmp_path / "nowhere", "output_dir": tmp_path / "out"}
+    with pytest.raises(FileNotFoundError, match="nowhere: neither folder nor Hub name of a checkpoint"):
+        run(script, data=people / "market", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_cameras_for_a_model_without_them(people, finetuned):
+    with pytest.raises(ValueError, match="`use_cameras`.*`num_cameras` is 0"):
+        run("evaluate_reid.py", "--use_cameras", model=finetuned, data=people / "market", num_workers=0)

@@ -1,0 +1,324 @@
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import yaml
+from transformers import ViTConfig, ViTModel
+
+from personvit_hf import (
+    PersonViTConfig,
+    PersonViTForPreTraining,
+    PersonViTForReID,
+    PersonViTImageProcessor,
+    PersonViTModel,
+    evaluate_reid,
+)
+from personvit_hf.scripting import (
+    MetricsLog,
+    load_pretrained,
+    option,
+    parse_arguments,
+    parse_overrides,
+    read_settings,
+    require_finite,
+    score,
+)
+
+SIZES = {
+    **{"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 64},
+    **{"image_size": [32, 16], "patch_size": 8, "num_cls_prototypes": 16, "num_patch_prototypes": 8},
+    **{"projection_hidden_size": 16, "projection_bottleneck_size": 8},
+}
+
+
+@dataclass
+class Arguments:
+    data: str = field(metadata={"help": "Where the data lie."})
+    sizes: list[int] = option([256, 128], "Height and width.")
+    rate: float = option(0.5, "Learning rate.")
+    epochs: int = option(3, "Epochs.")
+    overrides: str = option("{}", "JSON.")
+    fast: bool = option(False, "Whether to hurry.")
+    name: str | None = option(None, "A name.")
+
+
+def settings_file(folder: Path, **settings) -> str:
+    path = folder / "settings.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return str(path)
+
+
+def test_flags_alone():
+    args = parse_arguments(Arguments, ["--data", "x", "--sizes", "32", "16", "--rate", "1e-3", "--fast"])
+    assert args == Arguments("x", [32, 16], 0.001, fast=True)
+
+
+def test_defaults_are_not_shared():
+    parse_arguments(Arguments, ["--data", "x"]).sizes.append(1)
+    assert parse_arguments(Arguments, ["--data", "x"]).sizes == Arguments("x").sizes == [256, 128]
+
+
+def test_flags_win_over_the_file(tmp_path):
+    path = settings_file(tmp_path, data="from file", epochs=7, rate=0.25, sizes=[64, 32], fast=True, name=None)
+    assert parse_arguments(Arguments, ["--config", path]) == Arguments("from file", [64, 32], 0.25, 7, fast=True)
+    flags = ["--epochs", "9", f"--config={path}", "--sizes", "8", "4", "--fast", "false", "--name", "n"]
+    assert parse_arguments(Arguments, flags) == Arguments("from file", [8, 4], 0.25, 9, name="n")
+
+
+def test_the_process_own_flags_are_the_default(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["script.py", "--data", "mine"])
+    assert parse_arguments(Arguments).data == "mine"
+
+
+def test_settings_that_a_run_wrote_give_the_same_run(tmp_path):
+    args = Arguments("x", [32, 16], 1e-6, 2, '{"a": 1}', True, "--odd name: #1")
+    assert parse_arguments(Arguments, ["--config", settings_file(tmp_path, **asdict(args))]) == args
+
+
+def test_numbers_and_mappings_as_yaml_has_them(tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text("data: 1234\nrate: 4e-4\noverrides:\n  patch_size: 8\n")  # 4e-4 is text to YAML 1.1
+    args = parse_arguments(Arguments, ["--config", str(path)])
+    assert (args.data, args.rate, json.loads(args.overrides)) == ("1234", 0.0004, {"patch_size": 8})
+
+
+def test_unknown_settings_in_the_file_are_named(tmp_path):
+    path = settings_file(tmp_path, data="x", epoch=7, config="y")
+    with pytest.raises(ValueError, match=r"settings\.yaml: unknown settings \['config', 'epoch'\]"):
+        parse_arguments(Arguments, ["--config", path])
+
+
+@pytest.mark.parametrize("flags", [["--epoch", "7"], ["--dat", "x"], ["--conf", "x.yaml"], ["--epochs", "1.5"], []])
+def test_wrong_flags_are_named(flags, capsys):
+    required = [] if not flags else ["--data", "x"]
+    with pytest.raises(SystemExit):
+        parse_arguments(Arguments, [*required, *flags])
+    assert (flags[0] if flags else "--data") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("settings", [{"epochs": 1.5}, {"epochs": "many"}, {"sizes": ["a", "b"]}, {"fast": "perhaps"}])
+def test_wrong_values_in_the_file_are_named(tmp_path, settings, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(Arguments, ["--config", settings_file(tmp_path, data="x", **settings)])
+    assert f"--{next(iter(settings))}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text, found", [("- a\n- b\n", "found list"), ("", "found NoneType"), ("a: [", "not a YAML")])
+def test_files_that_are_no_settings(tmp_path, text, found):
+    (tmp_path / "settings.yaml").write_text(text)
+    with pytest.raises(ValueError, match=rf"settings\.yaml: .*{found}"):
+        read_settings(tmp_path / "settings.yaml")
+
+
+def test_settings_file_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"`--config` .*none\.yaml"):
+        parse_arguments(Arguments, ["--data", "x", "--config", str(tmp_path / "none.yaml")])
+
+
+def test_overrides():
+    assert parse_overrides('{"patch_size": 8, "drop_path_rate": 0.2}') == {"patch_size": 8, "drop_path_rate": 0.2}
+
+
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ("{patch_size: 8}", "is not JSON"),
+        ("[1]", "JSON object"),
+        ('{"patchsize": 8, "x": 1}', r"\['patchsize', 'x'\]"),
+    ],
+)
+def test_wrong_overrides_are_named(text, found):
+    with pytest.raises(ValueError, match=f"`config_overrides`.*{found}"):
+        parse_overrides(text)
+
+
+class MainProcess:
+    """What MetricsLog needs of an accelerator."""
+
+    is_main_process = True
+
+    def __init__(self):
+        self.tracked = []
+
+    def log(self, figures, step):
+        self.tracked.append((step, figures))
+
+
+def steps(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_log_has_one_line_a_step_and_feeds_the_trackers(tmp_path):
+    accelerator = MainProcess()
+    log = MetricsLog(tmp_path / "new" / "metrics.jsonl", accelerator)
+    log.write(5, loss=0.5, epoch=0)
+    log.write(10, loss=0.25, epoch=0)
+    lines = log.path.read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"step": 5, "loss": 0.5, "epoch": 0},
+        {"step": 10, "loss": 0.25, "epoch": 0},
+    ]
+    assert accelerator.tracked == [(5, {"loss": 0.5, "epoch": 0}), (10, {"loss": 0.25, "epoch": 0})]
+
+
+@pytest.mark.parametrize("step, kept", [(0, []), (4, []), (10, [5, 10]), (12, [5, 10]), (99, [5, 10, 15, 20])])
+def test_resumed_log_drops_the_lines_after_its_checkpoint(tmp_path, step, kept):
+    log = MetricsLog(tmp_path / "metrics.jsonl", MainProcess())
+    for done in (5, 10, 15, 20):
+        log.write(done, loss=1.0)
+    resumed = MetricsLog(log.path, MainProcess(), step)
+    assert steps(log.path) == kept
+    resumed.write(25, loss=1.0)
+    assert steps(log.path) == [*kept, 25]
+
+
+@pytest.mark.parametrize("tail", ['{"step": 15, "lo', '{"step": 15, "loss": 1.0}', "\x00\x00\n", '["step"]\n', "\n"])
+def test_a_line_that_a_crash_cut_short_is_dropped(tmp_path, tail):
+    log = MetricsLog(tmp_path / "metrics.jsonl", MainProcess())
+    log.write(5, loss=1.0)
+    with log.path.open("a") as file:
+        file.write(tail)
+    MetricsLog(log.path, MainProcess(), 20).write(25, loss=1.0)
+    assert steps(log.path) == [5, 25]
+
+
+def test_other_processes_leave_the_file_alone(tmp_path):
+    accelerator = MainProcess()
+    accelerator.is_main_process = False
+    MetricsLog(tmp_path / "metrics.jsonl", accelerator).write(1, loss=1.0)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is Linux's")
+def test_full_disk_names_the_log(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl", MainProcess())
+    log.path.unlink()
+    log.path.symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: .*metrics\.jsonl"):
+        log.write(1, loss=1.0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_no_number_stops_the_run(value):
+    with pytest.raises(FloatingPointError, match=f"`mim_loss` is {value} after step 7: .* runs/x ") as caught:
+        require_finite(7, "runs/x", dino_loss=1.0, mim_loss=value)
+    assert "learning rate" in str(caught.value)
+    require_finite(7, "runs/x", dino_loss=1.0, mim_loss=0.0)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    torch.manual_seed(0)
+    PersonViTModel(PersonViTConfig(**SIZES)).save_pretrained(folder / "backbone")
+    PersonViTForPreTraining(PersonViTConfig(**SIZES)).save_pretrained(folder / "pretraining")
+    PersonViTForReID(PersonViTConfig(**SIZES, num_labels=4)).save_pretrained(folder / "reid")
+    vit = {name: SIZES[name] for name in ("hidden_size", "num_attention_heads", "num_hidden_layers", "patch_size")}
+    ViTModel(ViTConfig(**vit, intermediate_size=64, image_size=32)).save_pretrained(folder / "vit")
+    return folder
+
+
+@pytest.mark.parametrize("source", ["backbone", "pretraining", "reid"])
+@pytest.mark.parametrize("model_class", [PersonViTForPreTraining, PersonViTForReID])
+def test_every_kind_of_checkpoint_gives_its_backbone(checkpoints, source, model_class):
+    backbone = PersonViTModel.from_pretrained(checkpoints / source).state_dict()
+    model = load_pretrained(model_class, str(checkpoints / source), drop_path_rate=0.3, num_labels=4)
+    assert model.config.drop_path_rate == 0.3
+    loaded = model.personvit.state_dict()
+    assert set(backbone) - set(loaded) <= {"embeddings.mask_token"}
+    for name in set(backbone) & set(loaded):
+        assert torch.equal(backbone[name], loaded[name])
+
+
+def test_cameras_may_be_new(checkpoints, tmp_path):
+    model = load_pretrained(PersonViTForReID, str(checkpoints / "pretraining"), num_cameras=6)
+    assert model.personvit.embeddings.side_embeddings.shape == (6, 1, 32)
+    model.save_pretrained(tmp_path)
+    model = load_pretrained(PersonViTForReID, str(tmp_path), num_cameras=8)
+    assert 0.015 < model.personvit.embeddings.side_embeddings.std() < 0.025
+
+
+def test_checkpoint_of_another_architecture(checkpoints):
+    with pytest.raises(ValueError, match="another architecture.*'vit'.*'personvit'") as caught:
+        load_pretrained(PersonViTForReID, str(checkpoints / "vit"))
+    assert str(checkpoints / "vit") in str(caught.value)
+
+
+@pytest.mark.parametrize("found", ["nothing", "an empty folder", "an official file"])
+def test_no_checkpoint(tmp_path, found):
+    path = tmp_path / "model.pth"
+    if found == "an empty folder":
+        path.mkdir()
+    if found == "an official file":
+        torch.save({"cls_token": torch.zeros(1)}, path)
+    with pytest.raises(FileNotFoundError, match=r"model\.pth: neither .*`convert_checkpoint`"):
+        load_pretrained(PersonViTForReID, str(path))
+
+
+def test_people_may_be_others(checkpoints):
+    model = load_pretrained(PersonViTForReID, str(checkpoints / "reid"), num_labels=1000)
+    assert model.classifier.weight.shape == (1000, 32)
+    assert 0.0009 < model.classifier.weight.std() < 0.0011  # new, as in a new model
+    kept = PersonViTForReID.from_pretrained(checkpoints / "reid").bottleneck
+    assert torch.equal(model.bottleneck.weight, kept.weight)
+
+
+@pytest.mark.parametrize(
+    "overrides, example",
+    [
+        ({"num_hidden_layers": 3}, r"12 parameters .* personvit\.layers\.2\."),
+        ({"intermediate_size": 48}, r"6 parameters .* personvit\.layers\.0\.mlp\.fc1\.bias"),
+        ({"image_size": [64, 16]}, r"1 parameters .* personvit\.embeddings\.position_embeddings"),
+    ],
+)
+def test_settings_that_would_leave_parts_of_the_backbone_random(checkpoints, overrides, example):
+    with pytest.raises(ValueError, match=f"{example}.*`config_overrides`"):
+        load_pretrained(PersonViTForReID, str(checkpoints / "pretraining"), **overrides)
+
+
+def test_score_ranks_the_embeddings_of_query_and_gallery():
+    rng = np.random.default_rng(0)
+    people = rng.integers(0, 256, (5, 40, 20, 3), dtype=np.uint8)
+
+    def split(person_ids: list[int], camera: int) -> datasets.Dataset:
+        images = [people[i] // 2 + rng.integers(0, 128, people[i].shape, dtype=np.uint8) for i in person_ids]
+        features = datasets.Features(
+            {"image": datasets.Image(), "person_id": datasets.Value("int64"), "camera_id": datasets.Value("int64")}
+        )
+        columns = {"image": images, "person_id": [1 + i for i in person_ids], "camera_id": [camera] * len(person_ids)}
+        return datasets.Dataset.from_dict(columns, features)
+
+    dataset = datasets.DatasetDict(query=split([0, 1, 2, 3, 4], 0), gallery=split([4, 3, 2, 1, 0, 0, 1, 2], 1))
+    torch.manual_seed(0)
+    model = PersonViTModel(PersonViTConfig(**SIZES, num_cameras=2))
+    processor = PersonViTImageProcessor(size={"height": 32, "width": 16})
+    torch.nn.init.normal_(model.embeddings.side_embeddings)  # large enough to show in the score
+    assert score(model, processor, dataset, batch_size=3)["num_valid_queries"] == 5
+
+    def embed(rows: datasets.Dataset, camera: int | None) -> np.ndarray:
+        pixel_values = torch.cat(
+            [processor(images=image, return_tensors="pt").pixel_values for image in rows["image"]]
+        )
+        cameras = None if camera is None else torch.full((len(rows),), camera)
+        with torch.no_grad():
+            return model.eval()(pixel_values, camera_ids=cameras).pooler_output.numpy()
+
+    scores = []
+    for use_cameras in (False, True):
+        result = score(model, processor, dataset, use_cameras)
+        expected = evaluate_reid(
+            *(embed(dataset[name], i if use_cameras else None) for i, name in enumerate(("query", "gallery"))),
+            query_person_ids=dataset["query"]["person_id"],
+            gallery_person_ids=dataset["gallery"]["person_id"],
+            query_camera_ids=dataset["query"]["camera_id"],
+            gallery_camera_ids=dataset["gallery"]["camera_id"],
+        )
+        scores.append(result["mAP"])
+        assert result["mAP"] == expected["mAP"]
+    assert 0 < scores[0] < 1
+    assert scores[0] != scores[1]
