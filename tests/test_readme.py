@@ -29,7 +29,8 @@ def python_blocks() -> list[tuple[int, str, str | None]]:
 @pytest.fixture
 def checkout(tmp_path):
     """A folder in which README's relative paths lead to the examples, and what is written does no harm."""
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    for folder in ("examples", "tests"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     return tmp_path
 
 
