@@ -5,6 +5,7 @@
 Takes a few minutes on two CPU cores and downloads nothing.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -33,7 +34,9 @@ class DemoArguments:
 def run(script: str, recipe: str, *flags: str) -> None:
     """Runs an example with a recipe, as a user would."""
     command = [sys.executable, str(EXAMPLES / script), "--config", str(EXAMPLES / "recipes" / recipe), *flags]
-    subprocess.run(command, check=True)
+    # One thread for so small a model, and the other core for loading: threads that wait for each other on busy cores
+    # make a step many times slower.
+    subprocess.run(command, check=True, env={"OMP_NUM_THREADS": "1"} | os.environ)
 
 
 def main() -> None:
