@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, set_seed
 
 from personvit_hf import PersonViTForReID, PersonViTModel, embed_images, load_reid_dataset
 from personvit_hf.person_images import PersonImages
@@ -52,6 +52,7 @@ def main() -> None:
         *("--data", args.data, "--output_dir", str(finetuned), "--model_name_or_path", str(pretrained)),
     )
 
+    set_seed(0)  # of the random model
     # Three models on people that none of them was trained with
     dataset = load_reid_dataset(args.data)
     models = {
@@ -81,7 +82,7 @@ def main() -> None:
     draw_rankings([query_images[int(i)] for i in chosen], gallery_images, rankings, outcomes).save(picture)
 
     print(f"\n{'model':<24}{'mAP':>6}{'Rank-1':>9}", *rows, sep="\n")
-    print(f"\nRanked retrievals (blue: query, green: same person, red: another): {picture}")
+    print(f"\nRanked retrievals (blue: query, green: same person, red: another,\ngrey: same person in the same camera, which counts for nothing): {picture}")
 
 
 if __name__ == "__main__":
