@@ -82,7 +82,8 @@ def main() -> None:
     draw_rankings([query_images[int(i)] for i in chosen], gallery_images, rankings, outcomes).save(picture)
 
     print(f"\n{'model':<24}{'mAP':>6}{'Rank-1':>9}", *rows, sep="\n")
-    print(f"\nRanked retrievals (blue: query, green: same person, red: another,\ngrey: same person in the same camera, which counts for nothing): {picture}")
+    print(f"\nRanked retrievals: {picture}")
+    print("blue: query; green: same person; red: another; grey: same person, same camera, which counts for nothing")
 
 
 if __name__ == "__main__":
