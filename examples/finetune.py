@@ -24,12 +24,13 @@ from tqdm.auto import tqdm
 from personvit_hf import PersonViTConfig, PersonViTForReID, PersonViTImageProcessor, load_reid_dataset
 from personvit_hf.augmentation import ReIDTransform
 from personvit_hf.checkpointing import TrainingProgress, resume, save_checkpoint, save_model
-from personvit_hf.person_images import BrokenImage, BrokenImageBudget, PersonImages, split_broken
+from personvit_hf.person_images import BrokenImage, BrokenImageBudget, PersonImages
 from personvit_hf.reid_data import person_labels
 from personvit_hf.sampling import PKSampler
 from personvit_hf.schedules import finetune_learning_rate, finetuning_parameter_groups
 from personvit_hf.scripting import (
     MetricsLog,
+    collate,
     load_pretrained,
     option,
     parse_arguments,
@@ -100,16 +101,6 @@ class ReIDTrainingImages(Dataset):
             return image
         pixel_values = self.transform(image, np.random.default_rng([self.seed, epoch, index]))
         return {"pixel_values": pixel_values, "labels": self.labels[index], "camera_ids": self.cameras[index]}
-
-
-def collate(items: list) -> dict:
-    """Stacks the good items; others of the batch stand in for broken ones, so every process keeps its batch size."""
-    good, broken = split_broken(items)
-    if not good:
-        raise RuntimeError(f"A whole batch of {len(items)} images is broken; the first: {broken[0].reason}")
-    filled = [good[i % len(good)] for i in range(len(items))]
-    batch = {name: torch.from_numpy(np.stack([item[name] for item in filled])) for name in good[0]}
-    return {"inputs": batch, "broken": broken}
 
 
 def build_dataloader(args: FinetuneArguments, rows, labels: dict[int, int]) -> DataLoader:

@@ -30,7 +30,7 @@ from personvit_hf import (
 from personvit_hf.augmentation import MultiCrop, normalize
 from personvit_hf.checkpointing import TrainingProgress, resume, save_checkpoint, save_model
 from personvit_hf.masking import BlockMasking
-from personvit_hf.person_images import BrokenImage, BrokenImageBudget, PersonImages, split_broken
+from personvit_hf.person_images import BrokenImage, BrokenImageBudget, PersonImages
 from personvit_hf.sampling import EpochSampler
 from personvit_hf.schedules import (
     clip_gradients_per_parameter,
@@ -40,6 +40,7 @@ from personvit_hf.schedules import (
 )
 from personvit_hf.scripting import (
     MetricsLog,
+    collate,
     load_pretrained,
     option,
     parse_arguments,
@@ -126,16 +127,6 @@ class PretrainingCrops(Dataset):
         return {"global_pixel_values": global_crops, "local_pixel_values": local_crops, "bool_masked_pos": masks}
 
 
-def collate(items: list) -> dict:
-    """Stacks the good items; others of the batch stand in for broken ones, so every process keeps its batch size."""
-    good, broken = split_broken(items)
-    if not good:
-        raise RuntimeError(f"A whole batch of {len(items)} images is broken; the first: {broken[0].reason}")
-    filled = [good[i % len(good)] for i in range(len(items))]
-    batch = {name: torch.from_numpy(np.stack([item[name] for item in filled])) for name in good[0]}
-    return {"inputs": batch, "broken": broken}
-
-
 def build_model(args: PretrainArguments) -> PersonViTForPreTraining:
     overrides = {
         "drop_path_rate": args.drop_path_rate,
@@ -196,7 +187,6 @@ def main() -> None:
         log_with=args.report_to,
         project_dir=output_dir,
     )
-    set_seed(args.seed, device_specific=True)
 
     # Model, data, optimizer
     set_seed(args.seed)

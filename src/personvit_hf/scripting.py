@@ -14,12 +14,14 @@ from typing import Any, TypeVar
 
 import datasets
 import numpy as np
+import torch
 import yaml
 from accelerate import Accelerator
 from transformers import AutoConfig, BaseImageProcessor, HfArgumentParser, PreTrainedModel
 
 from .configuration_personvit import PersonViTConfig
 from .embedding import embed_images
+from .person_images import split_broken
 from .reid_retrieval.ranking import evaluate_reid
 
 Arguments = TypeVar("Arguments")
@@ -148,6 +150,27 @@ def load_pretrained(model_class: type[Model], name_or_path: str, **overrides: An
             f"as {min(unlike)}. Check `config_overrides`: sizes must be the checkpoint's."
         )
     return model
+
+
+def collate(items: list[Any]) -> dict[str, Any]:
+    """A batch of a training data set, whatever of it could be decoded.
+
+    Args:
+        items: Dicts of arrays with equal names and shapes, or `BrokenImage`s.
+
+    Returns:
+        `inputs`, the arrays stacked to tensors, and `broken`, the list of `BrokenImage`s. Other items of the batch
+        stand in for broken ones, so that every process keeps its batch size.
+
+    Raises:
+        RuntimeError: if all of them are broken.
+    """
+    good, broken = split_broken(items)
+    if not good:
+        raise RuntimeError(f"A whole batch of {len(items)} images is broken; the first: {broken[0].reason}")
+    filled = [good[i % len(good)] for i in range(len(items))]
+    batch = {name: torch.from_numpy(np.stack([item[name] for item in filled])) for name in good[0]}
+    return {"inputs": batch, "broken": broken}
 
 
 class MetricsLog:
