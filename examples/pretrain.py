@@ -290,10 +290,10 @@ def main() -> None:
 
             due_to_save = save_steps and progress.step % save_steps == 0
             if progress.step % args.logging_steps == 0 or due_to_save or progress.step == total_steps:
-                losses = torch.stack([outputs.loss.detach(), outputs.dino_loss.detach(), outputs.mim_loss.detach()])
-                loss, dino, mim = accelerator.reduce(losses.float(), "mean").tolist()
-                require_finite(progress.step, output_dir, loss=loss)
-                figures = {"loss": loss, "dino_loss": dino, "mim_loss": mim}
+                losses = {name: value.detach().float() for name, value in outputs.items() if name.endswith("loss")}
+                reduced = accelerator.reduce(torch.stack(list(losses.values())), "mean")
+                figures = dict(zip(losses, reduced.tolist(), strict=True))
+                require_finite(progress.step, output_dir, loss=figures["loss"])
                 bar.set_postfix({name: f"{value:.3f}" for name, value in figures.items()})
                 log.write(
                     progress.step,

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from transformers import AutoModel, AutoModelForPreTraining
 
 from personvit_hf import PersonViTForPreTraining, PersonViTForReID, PersonViTModel
+from personvit_hf.modeling_personvit_pretraining import koleo_loss
 from personvit_hf.schedules import clip_gradients_per_parameter, pretraining_parameter_groups
 
 TOLERANCE = 1e-5  # what README.md beside the fixtures states for all of these
@@ -205,6 +206,41 @@ def test_mim_loss_counts_masked_patches_only():
 
 
 @torch.no_grad()
+def test_koleo_loss_is_the_log_distance_to_the_nearest_other_image():
+    tokens = torch.randn(6, 2, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = 0.0
+    for view in range(2):
+        units = [token / token.norm() for token in tokens[:, view]]
+        for i, unit in enumerate(units):
+            expected -= min((unit - other).norm() for j, other in enumerate(units) if j != i).log() / 12
+    assert_within(1e-7, koleo_loss(tokens), expected)
+
+
+def test_koleo_loss_of_equal_images_is_finite_and_spreads_nearly_equal_ones():
+    same = torch.ones(4, 2, 5, requires_grad=True)
+    loss = koleo_loss(same)
+    loss.backward()
+    assert loss.isfinite() and same.grad.isfinite().all()
+
+    tokens = (1 + 0.1 * torch.randn(4, 2, 5, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    koleo_loss(tokens).backward()
+    assert koleo_loss(tokens.detach() - 0.01 * tokens.grad) < koleo_loss(tokens.detach())
+
+
+def test_koleo_loss_is_added_by_its_weight():
+    plain, spread = (tiny_model(koleo_loss_weight=weight).eval() for weight in (0.0, 0.5))
+    spread.load_state_dict(plain.state_dict())
+    without, with_koleo = plain(**views()), spread(**views())
+    assert without.koleo_loss is None
+    torch.testing.assert_close(with_koleo.loss, without.loss + 0.5 * with_koleo.koleo_loss)
+
+
+def test_koleo_loss_needs_another_image():
+    one = {name: value[:1] for name, value in views().items()}
+    with pytest.raises(ValueError, match="`koleo_loss_weight`.*at least 2 images"):
+        tiny_model(koleo_loss_weight=0.1)(**one)
+
+
 def test_views_and_masks_may_be_left_out():
     model, inputs = tiny_model(dino_loss_weight=0.5, mim_loss_weight=3.0), views(num_local=0)
     with_masks = model(**inputs)

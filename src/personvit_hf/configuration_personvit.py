@@ -52,6 +52,9 @@ class PersonViTConfig(PreTrainedConfig):
             lambda1, weight of the [CLS] loss.
         mim_loss_weight (`float`, *optional*, defaults to 1.0):
             lambda2, weight of the masked patch loss.
+        koleo_loss_weight (`float`, *optional*, defaults to 0.0):
+            Weight of a loss that keeps the [CLS] features of a batch apart (DINOv2's KoLeo; not PersonViT's). Where
+            steps are few and batches small, features otherwise shrink to a few dimensions.
         student_sees_unmasked_global (`bool`, *optional*, defaults to `False`):
             Whether the student also sees the global views unmasked (the paper's figure). As in iBOT, it sees them
             masked only by default.
@@ -108,6 +111,7 @@ class PersonViTConfig(PreTrainedConfig):
     center_momentum: float | int = 0.9
     dino_loss_weight: float | int = 1.0
     mim_loss_weight: float | int = 1.0
+    koleo_loss_weight: float | int = 0.0
     student_sees_unmasked_global: bool = False
 
     neck_feature: str = "before"

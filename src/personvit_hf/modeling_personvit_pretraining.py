@@ -125,15 +125,39 @@ def mim_loss(student: torch.Tensor, teacher: torch.Tensor, bool_masked_pos: torc
     return -((teacher * student).sum(-1) * weight).sum()
 
 
+def koleo_loss(cls_tokens: torch.Tensor) -> torch.Tensor:
+    """Minus the mean log distance of each image's [CLS] feature to its nearest other one: it spreads features out.
+
+    Args:
+        cls_tokens: float (batch, views, hidden), of at least 2 images; each view is a set of its own.
+
+    Returns:
+        Scalar, the mean over images and views. Distances are Euclidean, between L2-normalised features.
+
+    Source:
+        Sablayrolles et al., arXiv 1806.03198, eq. 2 (Kozachenko-Leonenko estimator of entropy); DINOv2 (arXiv
+        2304.07193, sec. 4), which adds up the two views: its weight of 0.1 is one of 0.2 here.
+    """
+    with torch.autocast(cls_tokens.device.type, enabled=False):
+        features = nn.functional.normalize(at_least_float32(cls_tokens).transpose(0, 1), dim=-1)
+        with torch.no_grad():  # which one is nearest needs no gradient, only how far it is
+            similarities = features @ features.mT
+            similarities.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+            nearest = similarities.argmax(-1, keepdim=True).expand_as(features)
+        distances = nn.functional.pairwise_distance(features, features.gather(1, nearest), eps=1e-8)
+    return -(distances + 1e-8).log().mean()
+
+
 @dataclass
 class PersonViTForPreTrainingOutput(ModelOutput):
     r"""
     Output of [`PersonViTForPreTraining`]; B images, L local crops.
 
     Args:
-        loss (scalar): `dino_loss_weight * dino_loss + mim_loss_weight * mim_loss`.
+        loss (scalar): Sum of the losses below, each times its weight in the configuration.
         dino_loss (scalar): [CLS] loss, in nats, unweighted.
         mim_loss (scalar): Masked patch loss, in nats, unweighted.
+        koleo_loss (scalar, with a `koleo_loss_weight`): See `koleo_loss`; of the student's global views, unweighted.
         student_cls_logits (`torch.FloatTensor` of shape `(B, 2 + L, num_cls_prototypes)`, with `output_logits`):
             Before the temperature; global views first.
         student_patch_logits (`torch.FloatTensor` of shape `(masked, patch prototypes)`, with `output_logits`):
@@ -148,6 +172,7 @@ class PersonViTForPreTrainingOutput(ModelOutput):
     loss: torch.FloatTensor | None = None
     dino_loss: torch.FloatTensor | None = None
     mim_loss: torch.FloatTensor | None = None
+    koleo_loss: torch.FloatTensor | None = None
     student_cls_logits: torch.FloatTensor | None = None
     student_patch_logits: torch.FloatTensor | None = None
     teacher_cls_logits: torch.FloatTensor | None = None
@@ -312,6 +337,11 @@ class PersonViTForPreTraining(PersonViTPreTrainedModel):
             num_student_global,
         )
         patch_loss = mim_loss(student_log_probabilities(student_patches, temperature), patch_targets, masks)
+        loss = self.config.dino_loss_weight * cls_loss + self.config.mim_loss_weight * patch_loss
+        spread_loss = None
+        if self.config.koleo_loss_weight:
+            spread_loss = koleo_loss(cls_tokens[:, :2])
+            loss = loss + self.config.koleo_loss_weight * spread_loss
         if self.training:
             self._update_centers(teacher_cls, teacher_bottleneck[:, 1:])
         logits = {}
@@ -323,9 +353,10 @@ class PersonViTForPreTraining(PersonViTPreTrainedModel):
                 "teacher_patch_logits": teacher_patches,
             }
         return PersonViTForPreTrainingOutput(
-            loss=self.config.dino_loss_weight * cls_loss + self.config.mim_loss_weight * patch_loss,
+            loss=loss,
             dino_loss=cls_loss,
             mim_loss=patch_loss,
+            koleo_loss=spread_loss,
             hidden_states=masked.hidden_states,
             attentions=masked.attentions,
             **logits,
@@ -355,6 +386,8 @@ class PersonViTForPreTraining(PersonViTPreTrainedModel):
         channels = self.config.num_channels
         if len(shape) != 5 or shape[1:3] != (2, channels):
             raise ValueError(f"`global_pixel_values` must be (batch, 2, {channels}, height, width), got {shape}.")
+        if self.config.koleo_loss_weight and shape[0] < 2:
+            raise ValueError("`koleo_loss_weight` needs at least 2 images in a batch: it looks for near ones.")
         if local_pixel_values is not None:
             local = tuple(local_pixel_values.shape)
             if len(local) != 5 or local[0] != shape[0] or local[2] != channels:
