@@ -90,7 +90,7 @@ class PersonViTEmbeddings(nn.Module):
                 f"`pixel_values` must be (batch, {self.config.num_channels}, height, width), "
                 f"got {tuple(pixel_values.shape)}."
             )
-        batch_size = len(pixel_values)
+        batch_size = pixel_values.shape[0]  # len() would fix it to one number under torch.export
         grid = self.config.patch_grid(*pixel_values.shape[2:])
         tokens = self.patch_embeddings(pixel_values)
         if bool_masked_pos is not None:

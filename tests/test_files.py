@@ -1,0 +1,75 @@
+import os
+
+import pytest
+
+from personvit_hf.files import written_aside
+
+
+def write_folder(folder, names, overwrite=False):
+    with written_aside(folder, overwrite) as aside:
+        aside.mkdir()
+        for name in names:
+            (aside / name).write_text("new")
+
+
+def test_a_file_appears_when_it_is_complete(tmp_path):
+    output = tmp_path / "made" / "model.bin"
+    with written_aside(output) as aside:
+        aside.write_text("new")
+        assert not output.exists()
+    assert output.read_text() == "new"
+    assert os.listdir(output.parent) == ["model.bin"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_nothing_is_left_of_what_failed(tmp_path, error):
+    (tmp_path / "model.bin").write_text("old")
+    with pytest.raises(error):
+        with written_aside(tmp_path / "model.bin", overwrite=True) as aside:
+            aside.write_text("half")
+            raise error
+    assert (tmp_path / "model.bin").read_text() == "old"
+    assert os.listdir(tmp_path) == ["model.bin"]
+
+
+def test_what_exists_is_replaced_only_when_asked(tmp_path):
+    write_folder(tmp_path / "out", ["a", "b"])
+    (tmp_path / "out" / "a").write_text("old")
+    with pytest.raises(FileExistsError, match="overwrite"):
+        write_folder(tmp_path / "out", ["a", "b"])
+    assert (tmp_path / "out" / "a").read_text() == "old"
+    write_folder(tmp_path / "out", ["a", "b"], overwrite=True)
+    assert (tmp_path / "out" / "a").read_text() == "new"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_an_empty_folder_may_be_filled(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path.joinpath("."), ["a"])
+    assert (tmp_path / "a").read_text() == "new"
+
+
+def test_other_files_are_never_lost(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "family.jpg").write_text("dear")
+    with pytest.raises(FileExistsError, match="family.jpg"):
+        write_folder(tmp_path / "photos", ["a"], overwrite=True)
+    with pytest.raises(FileExistsError, match="folder"):
+        with written_aside(tmp_path / "photos", overwrite=True) as aside:
+            aside.write_text("a file")
+    assert (tmp_path / "photos" / "family.jpg").read_text() == "dear"
+    assert os.listdir(tmp_path) == ["photos"]
+
+
+def test_an_old_folder_comes_back_when_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    write_folder(tmp_path / "out", ["a"])
+    (tmp_path / "out" / "a").write_text("old")
+    rename = type(tmp_path).rename
+    monkeypatch.setattr(
+        type(tmp_path),
+        "rename",
+        lambda self, to: os.remove("missing") if self.name == "out" and to == tmp_path / "out" else rename(self, to),
+    )
+    with pytest.raises(OSError):
+        write_folder(tmp_path / "out", ["a"], overwrite=True)
+    assert (tmp_path / "out" / "a").read_text() == "old"
