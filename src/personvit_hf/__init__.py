@@ -1,30 +1,22 @@
 """PersonViT for transformers: pre-training on unlabelled person crops, re-identification, evaluation as retrieval.
 
 Importing the package registers the model classes with transformers' auto classes, so that `AutoModel.from_pretrained`
-knows `model_type = "personvit"`. The functions are loaded when they are first used: they bring data set and image
-libraries that a model alone doesn't need.
+knows `model_type = "personvit"`. Models and functions are loaded when they are first used: torch, transformers' model
+code, data set and image libraries take seconds to import.
 """
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageClassification,
-    AutoModelForPreTraining,
-)
-
-from .configuration_personvit import PersonViTConfig
-from .image_processing_personvit import PersonViTImageProcessor, PersonViTImageProcessorPil
-from .modeling_personvit import PersonViTForReID, PersonViTModel
-from .modeling_personvit_pretraining import PersonViTForPreTraining
+from .registration import register_when_needed
 
 if TYPE_CHECKING:
+    from .configuration_personvit import PersonViTConfig
     from .conversion import convert_checkpoint
     from .embedding import embed_images
+    from .image_processing_personvit import PersonViTImageProcessor
+    from .modeling_personvit import PersonViTForReID, PersonViTModel
+    from .modeling_personvit_pretraining import PersonViTForPreTraining
     from .person_images import load_person_images
     from .reid_data import load_reid_dataset
     from .reid_retrieval.ranking import evaluate_reid
@@ -43,6 +35,11 @@ __all__ = [
 ]
 
 _MODULE_OF = {
+    "PersonViTConfig": "configuration_personvit",
+    "PersonViTForPreTraining": "modeling_personvit_pretraining",
+    "PersonViTForReID": "modeling_personvit",
+    "PersonViTImageProcessor": "image_processing_personvit",
+    "PersonViTModel": "modeling_personvit",
     "convert_checkpoint": "conversion",
     "embed_images": "embedding",
     "evaluate_reid": "reid_retrieval.ranking",
@@ -53,6 +50,8 @@ _MODULE_OF = {
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
+        from importlib.metadata import version
+
         return version("personvit-hf")
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -63,19 +62,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__, "__version__"})
 
 
-AutoConfig.register(PersonViTConfig.model_type, PersonViTConfig)
-AutoModel.register(PersonViTConfig, PersonViTModel)
-AutoModelForPreTraining.register(PersonViTConfig, PersonViTForPreTraining)
-AutoModelForImageClassification.register(PersonViTConfig, PersonViTForReID)
-AutoImageProcessor.register(
-    PersonViTConfig,
-    image_processor_classes={"torchvision": PersonViTImageProcessor, "pil": PersonViTImageProcessorPil},
-)
-
-# `save_pretrained` then copies the code files beside the weights, for `trust_remote_code=True` without the package.
-PersonViTConfig.register_for_auto_class()
-PersonViTModel.register_for_auto_class("AutoModel")
-PersonViTForPreTraining.register_for_auto_class("AutoModelForPreTraining")
-PersonViTForReID.register_for_auto_class("AutoModelForImageClassification")
-PersonViTImageProcessor.register_for_auto_class()
-PersonViTImageProcessorPil.register_for_auto_class()
+register_when_needed()

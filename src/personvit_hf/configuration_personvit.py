@@ -80,6 +80,7 @@ class PersonViTConfig(PreTrainedConfig):
     ```"""
 
     model_type = "personvit"
+    _auto_class = "AutoConfig"  # `save_pretrained` then copies the code files beside the weights
 
     hidden_size: int = 768
     num_hidden_layers: int = 12

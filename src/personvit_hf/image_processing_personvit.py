@@ -26,6 +26,7 @@ class PersonViTImageProcessor(TorchvisionBackend):
     from it by one grey level here and there. Tensors on another device are resized there by torchvision.
     """
 
+    _auto_class = "AutoImageProcessor"
     resample = PILImageResampling.BILINEAR
     image_mean = IMAGENET_DEFAULT_MEAN
     image_std = IMAGENET_DEFAULT_STD
@@ -53,6 +54,7 @@ class PersonViTImageProcessor(TorchvisionBackend):
 class PersonViTImageProcessorPil(PilBackend):
     r"""The same as [`PersonViTImageProcessor`], through PIL and numpy alone."""
 
+    _auto_class = "AutoImageProcessor"
     resample = PILImageResampling.BILINEAR
     image_mean = IMAGENET_DEFAULT_MEAN
     image_std = IMAGENET_DEFAULT_STD

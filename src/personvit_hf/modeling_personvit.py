@@ -307,6 +307,8 @@ class PersonViTModel(PersonViTPreTrainedModel):
         use_mask_token: Whether patches can be masked (`bool_masked_pos`).
     """
 
+    _auto_class = "AutoModel"
+
     def __init__(self, config: PersonViTConfig, use_mask_token: bool = True):
         super().__init__(config)
         self.embeddings = PersonViTEmbeddings(config, use_mask_token)
@@ -414,6 +416,8 @@ class PersonViTForReID(PersonViTPreTrainedModel):
     Backbone, BNNeck and ID classifier (Luo et al., arXiv 1903.07071): the [CLS] feature feeds the triplet loss, its
     batch-normalised form the classifier. `config.num_labels` is the number of training identities.
     """
+
+    _auto_class = "AutoModelForImageClassification"
 
     def __init__(self, config: PersonViTConfig):
         super().__init__(config)

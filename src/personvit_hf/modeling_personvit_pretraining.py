@@ -192,6 +192,8 @@ class PersonViTForPreTraining(PersonViTPreTrainedModel):
 
     main_input_name = "global_pixel_values"
 
+    _auto_class = "AutoModelForPreTraining"
+
     def __init__(self, config: PersonViTConfig):
         super().__init__(config)
         shared = config.share_projection_head
