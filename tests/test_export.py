@@ -27,6 +27,10 @@ PERSONVIT = Path(sys.executable).with_name("personvit")
 STATISTICS = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
 FLOAT16_TOLERANCE = 2e-3  # measured: 1e-3 at most on 65 photographs, for embeddings of length 1
 
+NOT_PLAIN = [({"patch_stride": 12}, "patch_stride=12"), ({"stem": "ics"}, "stem"), ({"num_part_tokens": 3}, "part")]
+# the last two when the model has them
+NOT_PLAIN = [case for case in NOT_PLAIN if case[0].keys() <= PersonViTConfig.__annotations__.keys()]
+
 every_neck = pytest.mark.parametrize("neck", [None, "before", "after"])
 
 
@@ -289,11 +293,23 @@ def test_cameras_are_left_out_and_said_to_be(tmp_path, pixel_values, caplog):
     assert "4 cameras" in caplog.text
 
 
+@pytest.mark.parametrize(("settings", "reason"), NOT_PLAIN)
 @pytest.mark.parametrize("export", [export_vit, export_timm])
-def test_what_a_plain_vit_cannot_compute_is_refused(tmp_path, export):
-    with pytest.raises(ValueError, match="patch_stride=12.*use onnx or torch"):
-        export(make_model(patch_stride=12), make_processor(), tmp_path / "out")
+def test_what_a_plain_vit_cannot_compute_is_refused(tmp_path, export, settings, reason):
+    with pytest.raises(ValueError, match=f"{reason}.*use onnx or torch"):
+        export(make_model(**settings), make_processor(), tmp_path / "out")
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(("settings", "reason"), NOT_PLAIN[1:])
+def test_what_is_no_plain_vit_can_be_traced(tmp_path, pixel_values, settings, reason):
+    model = make_model(num_hidden_layers=1, **settings)
+    export_onnx(model, make_processor(), tmp_path / "model.onnx")
+    export_torch(model, make_processor(), tmp_path / "model.pt2")
+    expected = normalized_features(model, pixel_values[:3])
+    np.testing.assert_allclose(run_onnx(tmp_path / "model.onnx", pixel_values[:3]), expected, atol=1e-4, rtol=0)
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    np.testing.assert_allclose(program(pixel_values[:3]).detach(), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("settings", [{"hidden_act": "relu"}, {"layer_norm_eps": 1e-12}])
