@@ -2,8 +2,8 @@
 
     python benchmarks/export.py --data examples/data
 
-Each runtime is timed against the model itself in one process, a batch of each in turn, so that both see the same
-machine; the ratio is the median of the pairs' ratios. The model is a ViT-S/16 of random, spread-out weights.
+The runtimes and the model itself take turns at one batch in one process, so that all see the same machine; the ratio
+of speeds is the median of the rounds' ratios. The model is a ViT-S/16 of random, spread-out weights.
 """
 
 import argparse
@@ -69,18 +69,15 @@ def export_all(model: PersonViTModel, folder: Path, threads: int) -> dict[str, t
     return {name: (path, runners[name]) for name, path in paths.items()}
 
 
-def time_pairs(embed: Embed, reference: Embed, pixels: torch.Tensor, runs: int) -> tuple[float, float]:
-    """(images a second of `embed`, median ratio of its speed to the reference's)."""
-    seconds = []
+def time_rounds(runners: dict[str, Embed], pixels: torch.Tensor, runs: int) -> dict[str, list[float]]:
+    """Seconds of each runner in each round; one round that isn't counted comes first."""
+    seconds = {name: [] for name in runners}
     for _ in range(runs + 1):
-        start = time.perf_counter()
-        embed(pixels)
-        middle = time.perf_counter()
-        reference(pixels)
-        seconds.append((middle - start, time.perf_counter() - middle))
-    counted = seconds[1:]
-    speed = len(pixels) / statistics.median(ours for ours, _ in counted)
-    return speed, statistics.median(theirs / ours for ours, theirs in counted)
+        for name, embed in runners.items():
+            start = time.perf_counter()
+            embed(pixels)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: times[1:] for name, times in seconds.items()}
 
 
 def size_of(path: Path) -> int:
@@ -93,32 +90,38 @@ def main() -> None:
     """Measures and prints a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="Folder with gallery*.parquet, a column `image`.")
+    parser.add_argument("--crops", type=int, default=64, help="Images that the difference is measured on.")
     parser.add_argument("--batch", type=int, default=16, help="Images a batch.")
-    parser.add_argument("--runs", type=int, default=9, help="Pairs of batches for each runtime.")
+    parser.add_argument("--runs", type=int, default=9, help="Rounds.")
     parser.add_argument("--threads", type=int, default=1, help="Threads of each runtime.")
     args = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(args.threads)
 
     rows = datasets.load_dataset("parquet", data_files=f"{args.data}/gallery*.parquet", split="train")
-    images = [row["image"].convert("RGB") for row in rows.select(range(min(64, len(rows))))]
+    images = [row["image"].convert("RGB") for row in rows.select(range(min(args.crops, len(rows))))]
     pixels = PersonViTImageProcessor()(images=images, return_tensors="pt").pixel_values
     model = make_model()
 
     def reference(batch: torch.Tensor) -> torch.Tensor:
         return normalized(model(batch).pooler_output)
 
-    expected = torch.cat([reference(part) for part in pixels.split(args.batch)])
-    print(f"{len(pixels)} crops, batches of {args.batch}, {args.threads} thread(s), medians of {args.runs} pairs\n")
-    print("| | size, MiB | images/s | speed against the model itself | largest difference |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        for name, (path, embed) in export_all(model, Path(folder), args.threads).items():
-            embeddings = torch.cat([embed(part) for part in pixels.split(args.batch)])
-            difference = (embeddings - expected).abs().max().item()
-            speed, ratio = time_pairs(embed, reference, pixels[: args.batch], args.runs)
-            print(
-                f"| {name} | {size_of(path) / 2**20:.1f} | {speed:.1f} | {ratio:.2f} | {difference:.0e} |", flush=True
-            )
+        exported = export_all(model, Path(folder), args.threads)
+        runners = {"PyTorch": reference} | {name: embed for name, (_, embed) in exported.items()}
+        embeddings = {
+            name: torch.cat([embed(part) for part in pixels.split(args.batch)]) for name, embed in runners.items()
+        }
+        seconds = time_rounds(runners, pixels[: args.batch], args.runs)
+        sizes = {name: f"{size_of(path) / 2**20:.1f}" for name, (path, _) in exported.items()}
+
+    print(f"{len(pixels)} crops, batches of {args.batch}, {args.threads} thread(s), medians of {args.runs} rounds\n")
+    print("| | size, MiB | images/s | speed against PyTorch | largest difference |\n|---|---|---|---|---|")
+    for name, times in seconds.items():
+        speed = args.batch / statistics.median(times)
+        ratio = statistics.median(theirs / ours for ours, theirs in zip(times, seconds["PyTorch"], strict=True))
+        difference = (embeddings[name] - embeddings["PyTorch"]).abs().max().item()
+        print(f"| {name} | {sizes.get(name, '')} | {speed:.1f} | {ratio:.2f} | {difference:.0e} |")
 
 
 if __name__ == "__main__":
