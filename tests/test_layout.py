@@ -17,6 +17,7 @@ PACKAGE = ROOT / "src" / "personvit_hf"
 MODULES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 MAX_FILE_LINES = 500
+MAX_MODEL_LINES = 600  # of the one file that tells the whole model
 MAX_FUNCTION_LINES = 60  # without its docstring
 
 # Served as remote code beside the weights.
@@ -105,7 +106,7 @@ def test_nothing_imports_the_examples():
 @every_module
 def test_files_are_short(file):
     num_lines = len(MODULES[file].read_text().splitlines())
-    assert num_lines <= MAX_FILE_LINES
+    assert num_lines <= (MAX_MODEL_LINES if file == "modeling_personvit.py" else MAX_FILE_LINES)
 
 
 @every_module

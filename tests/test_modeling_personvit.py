@@ -230,18 +230,23 @@ def test_triplet_loss_of_one_person_is_zero():
 
 # Behaviour
 
+EXTRAS = [{}, {"stem": "ics"}, {"num_part_tokens": 3}, {"stem": "ics", "num_part_tokens": 2, "num_cameras": 3}]
+with_and_without_extras = pytest.mark.parametrize("extras", EXTRAS, ids=str)
 
+
+@with_and_without_extras
 @torch.no_grad()
-def test_sdpa_equals_eager():
-    model = tiny_model()
+def test_sdpa_equals_eager(extras):
+    model = tiny_model(**extras)
     assert model.config._attn_implementation == "sdpa"
     expected = model(images()).last_hidden_state
     model.set_attn_implementation("eager")
     assert_within(1e-5, model(images()).last_hidden_state, expected)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
-    model, labels = tiny_model(PersonViTForReID, num_labels=3).train(), torch.tensor([0, 1, 0, 1])
+@with_and_without_extras
+def test_gradient_checkpointing_gives_the_same_gradients(extras):
+    model, labels = tiny_model(PersonViTForReID, num_labels=3, **extras).train(), torch.tensor([0, 1, 0, 1])
     calls, gradients = [], []
     for layer in model.personvit.layers:
         layer.attention.register_forward_hook(lambda *_: calls.append(0))
@@ -253,16 +258,19 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         model(images(4), labels=labels).loss.backward()
         assert len(calls) == 2 * (1 + checkpointing)
         gradients.append({name: value.grad for name, value in model.named_parameters() if value.requires_grad})
+    without = {name for name, value in gradients[0].items() if value is None}
+    assert without == ({"personvit.embeddings.side_embeddings"} if "num_cameras" in extras else set())
     torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=1e-6)
 
 
+@with_and_without_extras
 @pytest.mark.parametrize(("height", "width"), [(64, 32), (128, 64), (48, 24), (8, 8), (24, 80)])
 @torch.no_grad()
-def test_outputs_at_any_size(height, width):
-    model = tiny_model(PersonViTForReID, num_labels=5)
+def test_outputs_at_any_size(height, width, extras):
+    model = tiny_model(PersonViTForReID, num_labels=5, **extras)
     model.set_attn_implementation("eager")
     output = model(images(2, height, width), output_hidden_states=True, output_attentions=True)
-    tokens = 1 + height // 8 * (width // 8)
+    tokens = 1 + extras.get("num_part_tokens", 0) + height // 8 * (width // 8)
     assert (output.embeddings.shape, output.logits.shape) == ((2, 32), (2, 5))
     assert [tuple(state.shape) for state in output.hidden_states] == 3 * [(2, tokens, 32)]
     assert [tuple(weights.shape) for weights in output.attentions] == 2 * [(2, 2, tokens, tokens)]
@@ -315,9 +323,10 @@ def test_drop_path_drops_whole_layers_of_images_in_training_only():
     assert 0 < (output[2] == output[1]).flatten(1).all(1).sum() < 32
 
 
+@pytest.mark.parametrize("parts", [0, 3])
 @torch.no_grad()
-def test_masked_patches_are_not_seen():
-    model = tiny_model()
+def test_masked_patches_are_not_seen(parts):
+    model = tiny_model(num_part_tokens=parts)
     mask = torch.zeros(3, 8, 4, dtype=torch.bool)
     mask[0, 2:5, 1:3] = True
     hidden = mask[:, None].repeat_interleave(8, 2).repeat_interleave(8, 3)
@@ -357,9 +366,10 @@ def test_missing_view_and_missing_mask_token_are_named():
         tiny_model(PersonViTForReID).personvit(images(), bool_masked_pos=torch.zeros(3, 32))
 
 
+@pytest.mark.parametrize("extras", [{"patch_stride": 6}, {"stem": "ics", "num_part_tokens": 3}], ids=str)
 @torch.no_grad()
-def test_saved_models_come_back_bit_for_bit(tmp_path, caplog):
-    model = tiny_model(PersonViTForReID, num_labels=7, num_cameras=3, patch_stride=6)
+def test_saved_models_come_back_bit_for_bit(tmp_path, caplog, extras):
+    model = tiny_model(PersonViTForReID, num_labels=7, **{"num_cameras": 3} | extras)
     model.save_pretrained(tmp_path / "reid")
     model.personvit.save_pretrained(tmp_path / "backbone")
     with no_transformers_warnings(caplog):
@@ -393,7 +403,44 @@ def test_backbone_checkpoint_leaves_nothing_of_reid_uninitialised(tmp_path):
 
 
 @torch.no_grad()
-def test_exported_program_equals_the_model():
-    model = tiny_model()
+def test_part_tokens_stand_between_cls_and_patches():
+    model = tiny_model(num_part_tokens=2)
+    embeddings = model.embeddings
+    positions = embeddings.position_embeddings
+    assert positions.shape == (1, 3 + 32, 32)
+    tokens = embeddings(images())
+    assert_within(1e-6, tokens[:, 1:3], (embeddings.part_tokens + positions[:, 1:3]).expand(3, -1, -1))
+    assert_within(1e-6, tokens[:, 3:], embeddings.patch_embeddings(images()) + positions[:, 3:])
+    resized = interpolate_position_embeddings(positions, (8, 4), (4, 2))
+    assert torch.equal(resized[:, :3], positions[:, :3])
+    without_parts = interpolate_position_embeddings(positions[:, 2:], (8, 4), (4, 2))
+    assert torch.equal(resized[:, 3:], without_parts[:, 1:])
+
+
+@with_and_without_extras
+def test_every_parameter_is_initialised(extras):
+    """On a model built without memory, as `from_pretrained` builds it, no parameter keeps what memory held."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = PersonViTModel(tiny_config(**extras))
+    model.to_empty(device="cpu")
+    for value in (*model.parameters(), *model.buffers()):
+        value.data.fill_(7)
+    for module in model.modules():
+        module._is_hf_initialized = False
+    model.init_weights()
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        assert not (value == 7).any(), name
+    convolutions = [module for module in model.modules() if isinstance(module, torch.nn.Conv2d)]
+    assert len(convolutions) == (4 if extras.get("stem") == "ics" else 1)
+    for convolution in convolutions:
+        bound = convolution.weight[0].numel() ** -0.5  # PyTorch's default
+        assert 0.9 * bound < convolution.weight.abs().max() <= bound
+
+
+@with_and_without_extras
+@torch.no_grad()
+def test_exported_program_equals_the_model(extras):
+    model = tiny_model(**extras)
     program = torch.export.export(model, (images(),)).module()
     assert_within(1e-6, program(images()).last_hidden_state, model(images()).last_hidden_state)

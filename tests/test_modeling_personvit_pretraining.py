@@ -325,6 +325,39 @@ def test_teacher_takes_no_gradient_and_no_noise():
     }
 
 
+def test_part_tokens_are_no_patches():
+    model, inputs = tiny_model(num_part_tokens=3), views()
+    output = model(**inputs, output_logits=True)
+    tokens = model.personvit(inputs["global_pixel_values"].flatten(0, 1)).last_hidden_state
+    assert tokens.shape[1] == 1 + 3 + 32
+    logits = model.teacher_head.patch_logits(model.teacher_head.project(tokens[:, 4:]))
+    assert_within(1e-6, output.teacher_patch_logits, logits[inputs["bool_masked_pos"].reshape(-1, 32)])
+    before, momentum = model.patch_center.clone(), model.config.center_momentum
+    model.train()(**inputs)["loss"].backward()
+    assert_within(1e-6, model.patch_center, momentum * before + (1 - momentum) * logits.mean((0, 1)))
+    assert model.student.embeddings.part_tokens.grad.abs().min() > 0
+
+
+def test_convolution_stem_keeps_its_own_statistics(tmp_path):
+    model = tiny_model(stem="ics")
+    names = [name for name, _ in model.personvit.named_buffers() if name.endswith("running_mean")]
+    assert len(names) == 3
+    before = {name: model.personvit.get_buffer(name).clone() for name in names}
+    model.train()(**views())["loss"].backward()
+    for role in (model.student, model.personvit):
+        assert not any(torch.equal(role.get_buffer(name), before[name]) for name in names)
+    model.eval()
+    before = {name: model.personvit.get_buffer(name).clone() for name in names}
+    model(**views())
+    assert all(torch.equal(model.personvit.get_buffer(name), before[name]) for name in names)
+    # a student that starts from a backbone starts with its statistics
+    model.personvit.save_pretrained(tmp_path)
+    started = PersonViTForPreTraining.from_pretrained(tmp_path)
+    for name in names:
+        assert torch.equal(started.student.get_buffer(name), before[name])
+        assert torch.equal(started.personvit.get_buffer(name), before[name])
+
+
 def test_gradient_checkpointing_gives_the_same_gradients():
     gradients = []
     for checkpointing in (False, True):

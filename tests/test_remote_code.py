@@ -23,8 +23,10 @@ CONFIG = PersonViTConfig(
     **{"image_size": [32, 16], "patch_size": 8, "num_cls_prototypes": 16, "num_patch_prototypes": 8, "num_labels": 4},
     **{"projection_hidden_size": 16, "projection_bottleneck_size": 8},
 )
+CONFIG_WITH_EXTRAS = PersonViTConfig(**CONFIG.to_dict() | {"stem": "ics", "num_part_tokens": 3})
 CHECKPOINTS = {
     "backbone": (PersonViTModel, "AutoModel"),
+    "extras": (PersonViTModel, "AutoModel"),
     "pretraining": (PersonViTForPreTraining, "AutoModelForPreTraining"),
     "reid": (PersonViTForReID, "AutoModelForImageClassification"),
 }
@@ -74,7 +76,7 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("remote_code")
     torch.manual_seed(0)
     for name, (model_class, _) in CHECKPOINTS.items():
-        model = model_class(CONFIG)
+        model = model_class(CONFIG_WITH_EXTRAS if name == "extras" else CONFIG)
         if name == "reid":
             torch.nn.init.uniform_(model.bottleneck.running_mean)
         if name == "pretraining":

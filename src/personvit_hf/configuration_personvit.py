@@ -21,6 +21,11 @@ class PersonViTConfig(PreTrainedConfig):
             Native [height, width] in pixels. Other sizes work too: position embeddings are interpolated.
         patch_stride (`int`, *optional*):
             Distance between patches in pixels; smaller than `patch_size` makes them overlap. `None`: `patch_size`.
+        stem (`str`, *optional*, defaults to `"patch"`):
+            `"patch"` cuts the image into patches; `"ics"` sees it first through the convolutions of TransReID-SSL
+            (arXiv 2111.12084, IBN-based convolution stem), which halve its size.
+        num_part_tokens (`int`, *optional*, defaults to 0):
+            Learned tokens for parts of the body between [CLS] and the patches (3 in PASS, arXiv 2203.03931).
         drop_path_rate (`float`, *optional*, defaults to 0.0):
             Stochastic depth of the last layer; it grows linearly from 0 at the first one. The teacher has none.
         num_cameras (`int`, *optional*, defaults to 0):
@@ -96,6 +101,8 @@ class PersonViTConfig(PreTrainedConfig):
     patch_stride: int | None = None
     num_channels: int = 3
     qkv_bias: bool = True
+    stem: str = "patch"
+    num_part_tokens: int = 0
     drop_path_rate: float | int = 0.0
     num_cameras: int = 0
     num_views: int = 0
@@ -135,7 +142,7 @@ class PersonViTConfig(PreTrainedConfig):
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "num_channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        for name in ("num_cameras", "num_views"):
+        for name in ("num_cameras", "num_views", "num_part_tokens"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must be 0 (none) or more, got {getattr(self, name)}.")
         for name in ("drop_path_rate", "center_momentum", "label_smoothing"):
@@ -156,6 +163,13 @@ class PersonViTConfig(PreTrainedConfig):
 
     def validate_choices(self):
         """Values that only some choices make sense for."""
+        if self.stem not in ("patch", "ics"):
+            raise ValueError(f"`stem` must be 'patch' or 'ics', got {self.stem!r}.")
+        if self.stem == "ics" and (self.patch_size % 2 or self.patch_stride not in (None, self.patch_size)):
+            raise ValueError(
+                "`stem='ics'` halves the image and then cuts it: it needs an even `patch_size` and no `patch_stride`, "
+                f"got {self.patch_size} and {self.patch_stride}."
+            )
         if self.neck_feature not in ("before", "after"):
             raise ValueError(f"`neck_feature` must be 'before' or 'after' the BNNeck, got {self.neck_feature!r}.")
         if self.student_temperature <= 0:

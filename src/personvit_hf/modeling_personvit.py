@@ -29,23 +29,62 @@ def interpolate_position_embeddings(
     other values. Unlike transformers' ViT, the native grid may be any rectangle.
 
     Args:
-        position_embeddings: float (1, 1 + native rows * native columns, hidden), [CLS] first, patches row by row.
+        position_embeddings: float (1, n + native rows * native columns, hidden): n tokens without a place on the
+            grid, [CLS] first and then the parts, which are kept; then patches row by row.
         native_grid: (rows, columns) of `position_embeddings`.
         grid: (rows, columns) wanted.
 
     Returns:
-        (1, 1 + rows * columns, hidden), the input itself when the grids are equal.
+        (1, n + rows * columns, hidden), the input itself when the grids are equal.
     """
     if grid == native_grid:
         return position_embeddings
-    cls_position, patch_positions = position_embeddings[:, :1], position_embeddings[:, 1:]
+    num_patches = native_grid[0] * native_grid[1]
+    first, patch_positions = position_embeddings[:, :-num_patches], position_embeddings[:, -num_patches:]
     patch_positions = patch_positions.unflatten(1, native_grid).permute(0, 3, 1, 2)
     scale = tuple((new + 0.1) / native for new, native in zip(grid, native_grid, strict=True))
     # in at least float32, since bicubic sampling points are too coarse in half precision
     patch_positions = patch_positions.to(torch.promote_types(patch_positions.dtype, torch.float32))
     resized = nn.functional.interpolate(patch_positions, scale_factor=scale, mode="bicubic")
-    resized = resized.flatten(2).transpose(1, 2).to(cls_position.dtype)
-    return torch.cat((cls_position, resized), dim=1)
+    resized = resized.flatten(2).transpose(1, 2).to(first.dtype)
+    return torch.cat((first, resized), dim=1)
+
+
+class PersonViTIBN(nn.Module):
+    """Instance normalisation of the first half of the channels, batch normalisation of the second (IBN-Net)."""
+
+    def __init__(self, num_channels: int):
+        super().__init__()
+        half = num_channels // 2
+        self.instance_norm = nn.InstanceNorm2d(half, affine=True)
+        self.batch_norm = nn.BatchNorm2d(num_channels - half)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        half = self.instance_norm.num_features
+        return torch.cat((self.instance_norm(features[:, :half]), self.batch_norm(features[:, half:])), dim=1)
+
+
+class PersonViTConvolutionStem(nn.Sequential):
+    """Pixels (batch, channels, height, width) to features (batch, 64, height / 2, width / 2).
+
+    Three convolutions with IBN after the first two (TransReID-SSL `dino/ours_vit.py`, `PatchEmbed_VOLO`).
+    """
+
+    width = 64
+
+    def __init__(self, config: PersonViTConfig):
+        width = self.width
+        super().__init__(
+            nn.Conv2d(config.num_channels, width, 7, stride=2, padding=3, bias=False),
+            PersonViTIBN(width),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            PersonViTIBN(width),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+        )
 
 
 class PersonViTPatchEmbeddings(nn.Module):
@@ -54,14 +93,21 @@ class PersonViTPatchEmbeddings(nn.Module):
     def __init__(self, config: PersonViTConfig):
         super().__init__()
         stride = config.patch_stride or config.patch_size
-        self.projection = nn.Conv2d(config.num_channels, config.hidden_size, config.patch_size, stride)
+        if config.stem == "ics":
+            self.stem = PersonViTConvolutionStem(config)
+            self.projection = nn.Conv2d(self.stem.width, config.hidden_size, config.patch_size // 2, stride // 2)
+        else:
+            self.stem = None
+            self.projection = nn.Conv2d(config.num_channels, config.hidden_size, config.patch_size, stride)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        if self.stem is not None:
+            pixel_values = self.stem(pixel_values)
         return self.projection(pixel_values).flatten(2).transpose(1, 2)
 
 
 class PersonViTEmbeddings(nn.Module):
-    """Pixels to tokens: patches (some replaced by the mask token), [CLS], positions and side information."""
+    """Pixels to tokens: [CLS], parts, patches (some replaced by the mask token); positions and side information."""
 
     def __init__(self, config: PersonViTConfig, use_mask_token: bool):
         super().__init__()
@@ -71,7 +117,10 @@ class PersonViTEmbeddings(nn.Module):
         self.patch_embeddings = PersonViTPatchEmbeddings(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if use_mask_token else None
-        self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + rows * columns, config.hidden_size))
+        num_parts = config.num_part_tokens
+        self.part_tokens = nn.Parameter(torch.zeros(1, num_parts, config.hidden_size)) if num_parts else None
+        num_tokens = 1 + num_parts + rows * columns
+        self.position_embeddings = nn.Parameter(torch.zeros(1, num_tokens, config.hidden_size))
         # one row for each camera, view, or pair of them; camera-major
         num_sides = max(config.num_cameras, 1) * max(config.num_views, 1)
         has_sides = config.num_cameras > 0 or config.num_views > 0
@@ -95,7 +144,8 @@ class PersonViTEmbeddings(nn.Module):
         tokens = self.patch_embeddings(pixel_values)
         if bool_masked_pos is not None:
             tokens = self.mask(tokens, bool_masked_pos)
-        tokens = torch.cat((self.cls_token.expand(batch_size, -1, -1), tokens), dim=1)
+        first = self.cls_token if self.part_tokens is None else torch.cat((self.cls_token, self.part_tokens), dim=1)
+        tokens = torch.cat((first.expand(batch_size, -1, -1), tokens), dim=1)
         tokens = tokens + interpolate_position_embeddings(self.position_embeddings, self.native_grid, grid)
         sides = self.side_information(batch_size, camera_ids, view_ids)
         if sides is not None:
@@ -281,6 +331,8 @@ class PersonViTPreTrainedModel(PreTrainedModel):
         if isinstance(module, PersonViTEmbeddings):
             init.trunc_normal_(module.cls_token, std=std)
             init.trunc_normal_(module.position_embeddings, std=std)
+            if module.part_tokens is not None:
+                init.trunc_normal_(module.part_tokens, std=std)
             if module.mask_token is not None:
                 init.zeros_(module.mask_token)
             if module.side_embeddings is not None:
@@ -292,8 +344,12 @@ class PersonViTPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.Conv2d):
             # DINO and iBOT leave the patch projection at PyTorch's default; at 0.02 colours would start out weaker
             init.kaiming_uniform_(module.weight, a=5**0.5)
-            bound = module.weight[0].numel() ** -0.5
-            init.uniform_(module.bias, -bound, bound)
+            if module.bias is not None:
+                bound = module.weight[0].numel() ** -0.5
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, nn.InstanceNorm2d):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
         else:
             super()._init_weights(module)
 
@@ -342,7 +398,7 @@ class PersonViTModel(PersonViTPreTrainedModel):
                 Viewpoints from 0, for models with `num_views`.
 
         Returns:
-            `last_hidden_state` (batch, 1 + patches, hidden) after the final LayerNorm, [CLS] first, and
+            `last_hidden_state` (batch, 1 + parts + patches, hidden) after the final LayerNorm, [CLS] first, and
             `pooler_output` (batch, hidden), its [CLS] token. `hidden_states`, if asked for, are those before the
             final LayerNorm.
 

@@ -225,7 +225,8 @@ class PersonViTForPreTraining(PersonViTPreTrainedModel):
             init.uniform_(module.direction, -bound, bound)
             init.ones_(module.gain)
         elif module is self:
-            for teacher, student in self.teacher_student_pairs():
+            buffers = zip(self.personvit.buffers(), self.student.buffers(), strict=True)
+            for teacher, student in (*self.teacher_student_pairs(), *buffers):
                 if getattr(teacher, "_is_hf_initialized", False):
                     init.copy_(student, teacher)
                 else:
@@ -236,10 +237,17 @@ class PersonViTForPreTraining(PersonViTPreTrainedModel):
             super()._init_weights(module)
 
     def train(self, mode: bool = True) -> "PersonViTForPreTraining":
-        """Sets the student's mode; the teacher always predicts without dropout and stochastic depth."""
+        """Sets the student's mode; the teacher always predicts without dropout and stochastic depth.
+
+        The batch norms of a convolution stem train in the teacher too, as in DINO: the running statistics that it is
+        used with later are its own.
+        """
         super().train(mode)
         self.personvit.eval()
         self.teacher_head.eval()
+        for module in self.personvit.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.train(mode)
         return self
 
     def teacher_student_pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
@@ -317,11 +325,12 @@ class PersonViTForPreTraining(PersonViTPreTrainedModel):
         else:
             masks = bool_masked_pos.reshape(len(views), -1).bool()
 
+        first_patch = 1 + self.config.num_part_tokens
         with torch.no_grad():
             teacher_tokens = self.personvit(views).last_hidden_state
             teacher_bottleneck = self.teacher_head.project(teacher_tokens)
             teacher_cls = self.teacher_head.cls_logits(teacher_bottleneck[:, 0])
-            teacher_patches = self.teacher_head.patch_logits(teacher_bottleneck[:, 1:][masks])
+            teacher_patches = self.teacher_head.patch_logits(teacher_bottleneck[:, first_patch:][masks])
             cls_targets = teacher_probabilities(teacher_cls, self.center, teacher_temperature)
             patch_targets = teacher_probabilities(teacher_patches, self.patch_center, teacher_patch_temperature)
 
@@ -329,7 +338,7 @@ class PersonViTForPreTraining(PersonViTPreTrainedModel):
         cls_tokens, num_student_global = self._student_cls_tokens(masked.pooler_output, views, local_pixel_values)
         student_cls = self.student_head.cls_logits(self.student_head.project(cls_tokens))
         student_patches = self.student_head.patch_logits(
-            self.student_head.project(masked.last_hidden_state[:, 1:][masks])
+            self.student_head.project(masked.last_hidden_state[:, first_patch:][masks])
         )
 
         temperature = self.config.student_temperature
@@ -345,7 +354,7 @@ class PersonViTForPreTraining(PersonViTPreTrainedModel):
             spread_loss = koleo_loss(cls_tokens[:, :2])
             loss = loss + self.config.koleo_loss_weight * spread_loss
         if self.training:
-            self._update_centers(teacher_cls, teacher_bottleneck[:, 1:])
+            self._update_centers(teacher_cls, teacher_bottleneck[:, first_patch:])
         logits = {}
         if output_logits:
             logits = {
