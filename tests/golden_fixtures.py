@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from personvit_hf import PersonViTConfig, PersonViTForPreTraining, PersonViTModel, conversion
+from personvit_hf import PersonViTConfig, PersonViTForPreTraining, PersonViTModel
+from personvit_hf.checkpoint_names import OFFICIAL_HEAD_NAMES, Weight, backbone_from_official, renamed
+from personvit_hf.checkpoint_sources import Source
+from personvit_hf.conversion import convert_pretraining
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -87,21 +90,27 @@ def no_transformers_warnings(caplog: Any) -> Iterator[None]:
     assert not warnings
 
 
+def our_backbone_names(official: Tensors) -> Tensors:
+    """Tensors of a reference's backbone by our names."""
+    weights = {name: Weight(value, name) for name, value in official.items()}
+    return {name: weight.tensor for name, weight in backbone_from_official("", weights, {}).items()}
+
+
 def our_reid_names(official: Tensors) -> Tensors:
     """Tensors of the fine-tuned reference by the names of `PersonViTForReID`; its unused classifier is left out."""
-    backbone = {name: value for name, value in under(official, "base.").items() if not name.startswith("fc.")}
-    ours = {f"personvit.{name}": value for name, value in conversion._backbone_weights("", backbone).items()}
+    ours = {f"personvit.{name}": value for name, value in our_backbone_names(under(official, "base.")).items()}
     return ours | {name: value for name, value in official.items() if not name.startswith("base.")}
 
 
 def our_pretraining_names(official: Tensors, role: str, shared_head: bool) -> Tensors:
     """Tensors of the reference's student or teacher by the names of `PersonViTForPreTraining`."""
     backbone = "student." if role == "student" else "personvit."
-    ours = {backbone + name: v for name, v in conversion._backbone_weights("", under(official, "backbone.")).items()}
+    ours = {backbone + name: v for name, v in our_backbone_names(under(official, "backbone.")).items()}
     head = under(official, "head.")
     if shared_head:  # stands twice in the reference
         head = {name: value for name, value in head.items() if not name.startswith("last_layer2.")}
-    return ours | conversion._rename("", head, conversion.HEAD_NAMES, f"{role}_head.")
+    head = renamed("", {name: Weight(value, name) for name, value in head.items()}, OFFICIAL_HEAD_NAMES)
+    return ours | {f"{role}_head.{name}": weight.tensor for name, weight in head.items()}
 
 
 def model_before_step(variant: str, dtype: torch.dtype) -> tuple[PersonViTForPreTraining, Tensors, dict[str, Any]]:
@@ -112,7 +121,7 @@ def model_before_step(variant: str, dtype: torch.dtype) -> tuple[PersonViTForPre
     file["ibot_loss"] = {"center": tensors["center"], "center2": tensors["center2"]}
     overrides = {"num_attention_heads": facts["config"]["heads"], "image_size": facts["config"]["g"]}
     overrides["norm_last_layer"] = facts["variant"]["norm_last_layer"]
-    model = conversion._convert_pretraining("", file, "pretraining", overrides).to(dtype).train()
+    model = convert_pretraining(Source(Path(variant), "pretraining", file), overrides).to(dtype).train()
     return model, tensors, facts
 
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import re
 
 import pytest
@@ -9,14 +8,10 @@ from golden_fixtures import GOLDEN, assert_same_weights, assert_within, load_gol
 from safetensors.torch import save_file
 from transformers import AutoImageProcessor, AutoModel
 
-from personvit_hf import PersonViTForPreTraining, PersonViTForReID, PersonViTModel
-from personvit_hf.conversion import (
-    BACKBONE_NAMES,
-    HEAD_NAMES,
-    LAYER_NAMES,
-    convert_checkpoint,
-    resize_position_embeddings,
-)
+from personvit_hf import PersonViTConfig, PersonViTForPreTraining, PersonViTForReID, PersonViTModel
+from personvit_hf.checkpoint_names import OFFICIAL_HEAD_NAMES, OFFICIAL_LAYER_NAMES, OFFICIAL_NAMES
+from personvit_hf.checkpoint_sizes import resize_position_embeddings
+from personvit_hf.conversion import convert_checkpoint, convert_with_report
 
 FEATURES, _ = load_golden("personvit_pretrain_features")
 POSITIONS, POSITION_FACTS = load_golden("pos_embed_resize")
@@ -140,11 +135,205 @@ def test_converted_models_and_processors_are_saved_and_loaded(tmp_path, name, ta
     assert AutoImageProcessor.from_pretrained(tmp_path).to_dict() == processor.to_dict()
 
 
+# Stems, parts and local branches
+
+
+@torch.no_grad()
+def test_convolution_stem():
+    tensors, facts = load_golden("transreid_ssl_ics_features")
+    model, processor = convert_checkpoint(
+        GOLDEN / "official_transreid_ssl_ics.pth", num_attention_heads=facts["config"]["heads"]
+    )
+    assert (model.config.stem, model.config.patch_size, model.config.image_size) == ("ics", 16, [64, 32])
+    assert list(processor.image_mean) == [0.485, 0.456, 0.406]
+    images, embeddings = tensors["images"], model.embeddings.patch_embeddings
+    assert_within(TOLERANCE, embeddings.stem(images)[:, ::16, ::4, ::4], tensors["stem"])
+    assert_within(TOLERANCE, embeddings(images), tensors["patch_embeddings"])
+    output = model(images)
+    assert_within(TOLERANCE, output.last_hidden_state, tensors["tokens"])
+    assert_within(TOLERANCE, output.pooler_output, tensors["cls"])
+
+
+PASS, PASS_FACTS = load_golden("pass_features")
+PASS_FILE = GOLDEN / "official_pass_pretrain.pth"
+
+
+def convert_pass(target: str = "auto", **settings):
+    return convert_with_report(PASS_FILE, target, num_attention_heads=PASS_FACTS["config"]["heads"], **settings)
+
+
+@torch.no_grad()
+def test_part_tokens_at_native_and_other_sizes():
+    conversion = convert_pass()
+    model = conversion.model
+    assert (model.config.num_part_tokens, model.config.image_size) == (3, [64, 32])
+    output = model(PASS["images"])
+    assert_within(TOLERANCE, output.last_hidden_state, PASS["finetune_tokens"])
+    assert_within(TOLERANCE, output.pooler_output, PASS["finetune_cls"])
+    reasons = {key: reason for key, reason in conversion.left_out.items() if "head" in key}
+    assert len(reasons) == 32 and set(reasons.values()) == {"the target is the teacher's backbone"}
+    resized = convert_pass(image_size=[96, 48]).model
+    assert_within(TOLERANCE, resized.embeddings.position_embeddings[:, 4:], PASS["finetune_resized_pos_embed"])
+    assert_within(TOLERANCE, resized(PASS["images_small"]).last_hidden_state, PASS["finetune_resized_tokens"])
+    with pytest.raises(ValueError, match="`student`"):
+        convert_pass("pretraining")
+
+
+@pytest.mark.parametrize("part", [1, 2, 3])
+@torch.no_grad()
+def test_part_tokens_of_the_local_crops_of_pass(part):
+    """Its pre-training shows a local crop to [CLS] and one part, with positions interpolated as ours are."""
+    weights = under(load_official("official_pass_pretrain")["teacher"], "module.backbone.")
+    whole = convert_pass().model
+    one = PersonViTModel(PersonViTConfig(**whole.config.to_dict() | {"num_part_tokens": 1})).eval()
+    state = whole.state_dict()
+    state["embeddings.part_tokens"] = weights[f"part_token{part}"]
+    state["embeddings.position_embeddings"] = torch.cat(
+        [weights["cls_pos"], weights[f"part{part}_pos"], weights["pos_embed"]], dim=1
+    )
+    one.load_state_dict(state)
+    tokens = one(PASS["images_small"]).last_hidden_state
+    assert_within(TOLERANCE, tokens, PASS[f"pretrain_local_tokens_part{part}"])
+
+
+@pytest.mark.parametrize("key", ["part_token2", "part2_pos", "cls_pos", "pos_embed"])
+def test_part_tokens_are_there_in_full(convert, key):
+    weights = under(load_official("official_pass_pretrain")["teacher"], "module.backbone.")
+    for harmed in (
+        {name: value for name, value in weights.items() if name != key},
+        weights | {key: torch.zeros(1, 2)},
+    ):
+        with pytest.raises(ValueError, match=rf"{key}|position_embeddings"):
+            convert(harmed, num_attention_heads=2)
+
+
+def test_finetuned_pass_is_a_backbone(convert, tmp_path):
+    """Its feature joins [CLS] and parts, so the head has no place in PersonViTForReID."""
+    weights = under(load_official("official_pass_pretrain")["teacher"], "module.backbone.")
+    contents = {f"base.{name}": value for name, value in weights.items()}
+    for width in (32, 64):
+        contents |= {f"bottleneck.{name}": torch.zeros(width) for name in ("weight", "bias", "running_mean")}
+        contents |= {"classifier.weight": torch.zeros(7, width)}
+        torch.save(contents, tmp_path / "pass.pth")
+        conversion = convert_with_report(tmp_path / "pass.pth", num_attention_heads=2)
+        assert_same_weights(conversion.model, convert_pass().model)
+        assert set(conversion.left_out) == {name for name in contents if not name.startswith("base.")}
+        assert list(conversion.image_processor.image_mean) == [0.5, 0.5, 0.5]
+    with pytest.raises(ValueError, match="joins .CLS. and parts"):
+        convert(contents, "reid", num_attention_heads=2)
+
+
+def transreid_with_local_branches() -> dict[str, torch.Tensor]:
+    """TransReID with JPM: its last layer stands in three places, and only that of `b1` makes the global feature."""
+    plain = load_official(REID)
+    contents = {name: torch.randn_like(value) if ".blocks.1." in name else value for name, value in plain.items()}
+    contents |= {name: torch.randn_like(value) for name, value in plain.items() if name.startswith("base.norm.")}
+    for branch in ("b1", "b2"):
+        layer = {f"0.{name}": value for name, value in under(plain, "base.blocks.1.").items()}
+        layer |= {f"1.{name}": value for name, value in under(plain, "base.norm.").items()}
+        layer = {name: value if branch == "b1" else torch.randn_like(value) for name, value in layer.items()}
+        contents |= {f"{branch}.{name}": value for name, value in layer.items()}
+    for index in range(1, 5):
+        contents |= {f"bottleneck_{index}.{name}": value for name, value in under(plain, "bottleneck.").items()}
+        contents[f"classifier_{index}.weight"] = torch.zeros(10, 40)
+    return contents
+
+
+def test_local_branches_of_transreid_are_left_out(tmp_path):
+    contents = transreid_with_local_branches()
+    torch.save(contents, tmp_path / "jpm.pth")
+    conversion = convert_with_report(tmp_path / "jpm.pth", num_attention_heads=5)
+    assert_same_weights(conversion.model, convert_official(REID)[0])
+    left_out = {key for key in conversion.left_out if not key.startswith("base.fc.")}
+    assert left_out == {
+        key for key in contents if re.match(r"b2|bottleneck_|classifier_|base\.(blocks\.1|norm)\.", key)
+    }
+    assert all("JPM" in conversion.left_out[key] for key in left_out)
+    backbone, _ = convert_checkpoint(tmp_path / "jpm.pth", "backbone", num_attention_heads=5)
+    assert_same_weights(backbone.layers, conversion.model.personvit.layers)
+
+
+def test_narrowed_feature_of_transreid_is_refused(convert):
+    contents = load_official(REID) | {"fcneck.weight": torch.zeros(20, 40)}
+    with pytest.raises(ValueError, match="fcneck.weight.*REDUCE_FEAT_DIM"):
+        convert(contents, num_attention_heads=5)
+    assert type(convert(contents, "backbone", num_attention_heads=5)) is PersonViTModel
+
+
+@pytest.mark.parametrize(("views", "cameras"), [({}, 6), ({"num_views": 2}, 3), ({"num_views": 6}, 0)])
+def test_side_information_of_cameras_and_views(views, cameras):
+    model, _ = convert_official(REID_WITH_CAMERAS, **views)
+    assert (model.config.num_cameras, model.config.num_views) == (cameras, views.get("num_views", 0))
+    assert convert_official(REID_WITH_CAMERAS, num_cameras=2, num_views=3)[0].config.num_cameras == 2
+
+
+def test_finetuned_convolution_stem_with_cameras(convert):
+    stem = load_official("official_transreid_ssl_ics")
+    contents = {f"module.base.{name}": value for name, value in stem.items()}
+    contents |= {"module.base.sie_embed": torch.randn(4, 1, 20), "module.classifier.weight": torch.zeros(7, 20)}
+    neck = {"weight": 20, "bias": 20, "running_mean": 20, "running_var": 20}
+    contents |= {f"module.bottleneck.{name}": torch.rand(size) for name, size in neck.items()}
+    contents |= {"module.bottleneck.num_batches_tracked": torch.tensor(3)}
+    model = convert(contents, num_attention_heads=2)
+    assert (model.config.stem, model.config.num_cameras, model.config.num_labels) == ("ics", 4, 7)
+    expected, _ = convert_checkpoint(GOLDEN / "official_transreid_ssl_ics.pth", num_attention_heads=2)
+    assert_same_weights(model.personvit.embeddings.patch_embeddings, expected.embeddings.patch_embeddings)
+
+
+def test_dino_file_has_no_mask_token_and_one_set_of_prototypes(convert):
+    contents = load_official(PRETRAINING)
+    contents["dino_loss"] = {"center": contents.pop("ibot_loss")["center"]}
+    for role in ("student", "teacher"):
+        contents[role] = {
+            name: value
+            for name, value in contents[role].items()
+            if "last_layer2" not in name and "masked_embed" not in name
+        }
+    model = convert(contents, "pretraining")
+    expected, _ = convert_official(PRETRAINING, "pretraining")
+    assert model.config.share_projection_head and model.config.num_cls_prototypes == 96
+    assert (model.student.embeddings.mask_token == 0).all() and (model.patch_center == 0).all()
+    assert torch.equal(model.center, expected.center)
+    assert_same_weights(model.student.layers, expected.student.layers)
+    assert_same_weights(convert(contents).layers, expected.personvit.layers)
+
+
+@pytest.mark.parametrize(
+    ("grid", "size", "stride"),
+    [((16, 8), [256, 128], None), ((14, 14), [224, 224], None), ((24, 8), [384, 128], 16), ((21, 10), [256, 128], 12)],
+)
+def test_grids_of_the_field(convert, grid, size, stride):
+    """2:1, square, TransReID's 384x128 and its overlapping patches."""
+    positions = torch.randn(1, 1 + grid[0] * grid[1], 48)
+    model = convert(bare_teacher() | {"pos_embed": positions})
+    assert model.config.image_size == size and model.config.patch_stride == stride
+    assert torch.equal(model.embeddings.position_embeddings, positions)
+    resized = convert(bare_teacher() | {"pos_embed": positions}, image_size=[256, 128], patch_stride=16)
+    expected = resize_position_embeddings(positions, grid, (16, 8))
+    assert torch.equal(resized.embeddings.position_embeddings, expected)
+
+
+def test_what_is_left_out_is_told(caplog):
+    caplog.set_level("INFO", logger="personvit_hf")
+    conversion = convert_with_report(GOLDEN / f"{REID}.pth", num_attention_heads=5)
+    assert conversion.kind == "reid" and not conversion.notes
+    assert conversion.left_out == {
+        f"base.fc.{name}": "classifier that TransReID never uses" for name in ("weight", "bias")
+    }
+    convert_checkpoint(GOLDEN / f"{REID}.pth", num_attention_heads=5)
+    assert "left out base.fc.weight, base.fc.bias (classifier that TransReID never uses)" in caplog.text
+    left_out = convert_with_report(GOLDEN / f"{PRETRAINING}.pth", num_attention_heads=3).left_out
+    assert {"student", "optimizer", "epoch", "args", "fp16_scaler", "ibot_loss"} < set(left_out)
+    assert len(left_out) == 6 + len([name for name in load_official(PRETRAINING)["teacher"] if "head." in name])
+    left_out = convert_with_report(GOLDEN / f"{PRETRAINING}.pth", "pretraining", num_attention_heads=3).left_out
+    assert set(left_out) == {"optimizer", "epoch", "args", "fp16_scaler"}
+
+
 # Containers
 
 
 @pytest.mark.parametrize("wrapper", [None, "state_dict", "model", "module"])
-@pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "module.backbone."])
+@pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "module.backbone.", "_orig_mod.module."])
 def test_flat_backbones_in_every_wrapping(convert, wrapper, prefix):
     weights = {prefix + name: value for name, value in bare_teacher().items()}
     model = convert({wrapper: weights, "epoch": 3} if wrapper else weights)
@@ -200,9 +389,9 @@ def names_of(official: str) -> list[str]:
     """How a message may name an official key: as it is, and as we call it."""
     name = re.sub(r"^(backbone|head|base)\.", "", official.removeprefix("module."))
     if layer := re.fullmatch(r"blocks\.(\d+)\.(.+)\.(weight|bias)", name):
-        return [name, f"layers.{layer[1]}.{LAYER_NAMES[layer[2]]}.{layer[3]}"]
+        return [name, f"layers.{layer[1]}.{OFFICIAL_LAYER_NAMES[layer[2]]}.{layer[3]}"]
     stem, _, kind = name.rpartition(".")
-    table = BACKBONE_NAMES | HEAD_NAMES
+    table = OFFICIAL_NAMES | OFFICIAL_HEAD_NAMES
     return [name, table.get(name, name), f"{table.get(stem, stem)}.{kind}"]
 
 
@@ -318,70 +507,48 @@ def test_more_misfits(convert):
     assert convert(bare_teacher() | {"pos_embed": positions}, image_size=[48, 16]).config.image_size == [48, 16]
 
 
-# Damaged and hostile files
-
-
-class RunsCode:
-    """What unpickling would turn into a call that makes a folder."""
-
-    def __init__(self, path: str):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-@pytest.mark.parametrize("in_zip", [True, False])
-def test_code_in_a_file_is_refused_and_not_run(tmp_path, in_zip):
-    contents = load_official(PRETRAINING) | {"args": RunsCode(str(tmp_path / "ran"))}
-    torch.save(contents, tmp_path / "file.pth", _use_new_zipfile_serialization=in_zip)
-    with pytest.raises(ValueError, match="file.pth.*read safely"):
-        convert_checkpoint(tmp_path / "file.pth", num_attention_heads=3)
-    assert not (tmp_path / "ran").exists()
-    torch.load(tmp_path / "file.pth", weights_only=False)  # the trap works
-    assert (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
-def test_truncated_files_are_refused(tmp_path, kind):
-    path = tmp_path / ("file.safetensors" if kind == "safetensors" else "file.pth")
-    weights = {name: value for name, value in bare_teacher().items() if "blocks" not in name}
-    if kind == "safetensors":
-        save_file(weights, path)
-    else:
-        torch.save(weights, path, _use_new_zipfile_serialization=kind == "zip")
-    whole = path.read_bytes()
-    for length in (*range(0, 200, 7), *range(200, len(whole), len(whole) // 50)):
-        path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=path.name):
-            convert_checkpoint(path, num_attention_heads=3)
-
-
-@pytest.mark.parametrize("contents", [b"not a checkpoint", b"\x80\x02}q\x00", b"\x80\x04K\x01."])
-def test_other_files_are_refused(tmp_path, contents):
-    for name in ("file.pth", "file.safetensors"):
-        (tmp_path / name).write_bytes(contents)
-        with pytest.raises(ValueError, match=name):
-            convert_checkpoint(tmp_path / name)
-
-
 @pytest.mark.parametrize(
     ("contents", "message"),
-    [([1, 2], "dictionary.*list"), ({}, "not an official"), ({1: torch.zeros(2)}, "one is called 1")],
+    [([1, 2], "dictionary.*list"), ({}, "known kind"), ({1: torch.zeros(2)}, "one is called 1")],
 )
 def test_other_contents_are_refused(convert, contents, message):
     with pytest.raises(ValueError, match=message):
         convert(contents)
 
 
-def test_checkpoints_of_other_architectures_name_what_is_unknown():
-    with pytest.raises(ValueError, match="patch_embed.conv"):
-        convert_checkpoint(GOLDEN / "official_transreid_ssl_ics.pth", num_attention_heads=2)
-    with pytest.raises(ValueError, match="part_token1|cls_pos|part1_pos"):
-        convert_checkpoint(GOLDEN / "official_pass_pretrain.pth", num_attention_heads=2)
-
-
 def test_missing_file_is_named(tmp_path):
     for path in (tmp_path / "nowhere.pth", tmp_path):
         with pytest.raises(FileNotFoundError, match=path.name):
             convert_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"kind": "resnet"}, "`kind`.*timm.*resnet"),
+        ({"kind": "reid"}, "`kind` is 'reid'.*'pretraining'"),
+        ({"num_atention_heads": 3}, "`num_atention_heads`"),
+        ({"image_mean": [0.5, 0.5]}, "`image_mean` should be 3 numbers"),
+        ({"image_std": [0.5, 0.0, 0.5]}, "`image_std` should be positive"),
+        ({"image_std": "half"}, "`image_std` should be 3 numbers"),
+        ({"hidden_size": 96}, "other shapes.*instead of"),
+        ({"image_size": [65, 32]}, "official_personvit_pretrain.pth.*65x32"),
+        ({"num_attention_heads": 5}, "official_personvit_pretrain.pth.*num_attention_heads"),
+    ],
+)
+def test_overrides_that_do_not_fit(overrides, message):
+    path = GOLDEN / f"{PRETRAINING}.pth"
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        convert_checkpoint(path, **{"num_attention_heads": 3} | overrides)
+
+
+def test_sizes_that_contradict_each_other_take_no_memory(convert):
+    """Tensors of a few megabytes whose sizes call for matrices of a terabyte."""
+    weights = bare_teacher()
+    weights["patch_embed.proj.weight"] = torch.zeros(2**19, 1, 1, 1)
+    weights["pos_embed"] = torch.zeros(1, 3, 1)
+    with pytest.raises(ValueError, match="other shapes.*524288"):
+        convert(weights, num_attention_heads=1)
+    many = {f"blocks.{index}.norm1.weight": torch.zeros(1) for index in range(9999)}
+    with pytest.raises(ValueError, match="9999 layers"):
+        convert(bare_teacher() | many)

@@ -21,19 +21,78 @@ class Runtime(str, Enum):
     torch = "torch"
 
 
+def _numbers(text: str | None, kind: type = float, separator: str = ",") -> list | None:
+    """The numbers of an option such as 0.5,0.5,0.5 or 256x128."""
+    if text is None:
+        return None
+    try:
+        return [kind(part) for part in text.split(separator)]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not {kind.__name__} numbers with {separator!r} between.") from None
+
+
 @app.command()
 def convert(
-    file: Annotated[Path, typer.Argument(help="Official checkpoint, such as a .pth file.")],
-    output: Annotated[Path, typer.Argument(help="Folder that the model and its image processor are written to.")],
+    source: Annotated[Path, typer.Argument(help="Checkpoint: a .pth, .bin or .safetensors file, or a folder.")],
+    output: Annotated[Path, typer.Argument(help="Folder for model and image processor; a file with --to official.")],
+    to: Annotated[
+        str, typer.Option(help="ours, or official: from a folder of ours back to an official file.")
+    ] = "ours",
     target: Annotated[str, typer.Option(help="auto, backbone, pretraining or reid.")] = "auto",
+    kind: Annotated[
+        str, typer.Option(help="auto, or what the file is: pretraining, reid, backbone, timm, transformers.")
+    ] = "auto",
+    num_attention_heads: Annotated[int | None, typer.Option(help="Hidden size / 64 if not given.")] = None,
+    image_size: Annotated[
+        str | None, typer.Option(metavar="HEIGHTxWIDTH", help="Such as 256x128; resizes positions of another grid.")
+    ] = None,
+    patch_stride: Annotated[int | None, typer.Option(help="Pixels between overlapping patches.")] = None,
+    num_cameras: Annotated[int | None, typer.Option(help="Of SIE; told by the file unless it has views.")] = None,
+    num_views: Annotated[int | None, typer.Option(help="Of SIE.")] = None,
+    side_information_scale: Annotated[float | None, typer.Option(help="Factor of SIE: 3.0 if not given.")] = None,
+    layer_norm_eps: Annotated[float | None, typer.Option(help="Told by the kind if not given.")] = None,
+    image_mean: Annotated[str | None, typer.Option(metavar="R,G,B", help="Told by the kind if not given.")] = None,
+    image_std: Annotated[str | None, typer.Option(metavar="R,G,B", help="Told by the kind if not given.")] = None,
 ) -> None:
-    """Convert an official checkpoint to a folder that AutoModel loads."""
-    from .conversion import convert_checkpoint
+    """Convert a checkpoint of PersonViT, iBOT, DINO, TransReID(-SSL), PASS, timm or transformers for AutoModel."""
+    from .conversion import convert_with_report, save_conversion
 
-    model, processor = convert_checkpoint(file, target)
-    model.save_pretrained(output)
-    processor.save_pretrained(output)
-    typer.echo(f"{type(model).__name__} of {file} written to {output}.")
+    overrides = {
+        "num_attention_heads": num_attention_heads,
+        "image_size": _numbers(image_size, int, "x"),
+        "patch_stride": patch_stride,
+        "num_cameras": num_cameras,
+        "num_views": num_views,
+        "side_information_scale": side_information_scale,
+        "layer_norm_eps": layer_norm_eps,
+        "image_mean": _numbers(image_mean),
+        "image_std": _numbers(image_std),
+    }
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    if to == "official":
+        if overrides or (target, kind) != ("auto", "auto"):
+            raise typer.BadParameter("--to official takes no other options: the folder tells all.")
+        _convert_to_official(source, output)
+        return
+    if to != "ours":
+        raise typer.BadParameter(f"--to should be ours or official, got {to!r}.")
+    conversion = convert_with_report(source, target, kind=kind, **overrides)
+    save_conversion(conversion, output)
+    typer.echo(f"{type(conversion.model).__name__} of {source} ({conversion.kind}) written to {output}.")
+    for reason in sorted(set(conversion.left_out.values())):
+        keys = [key for key, value in conversion.left_out.items() if value == reason]
+        shown = ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
+        typer.echo(f"Left out: {shown} ({reason}).")
+    for note in conversion.notes:
+        typer.echo(f"Note: {note}.")
+
+
+def _convert_to_official(folder: Path, file: Path) -> None:
+    from .official_format import load_own_model, save_official_checkpoint
+
+    model = load_own_model(folder)
+    save_official_checkpoint(model, file)
+    typer.echo(f"{type(model).__name__} of {folder} written to {file}.")
 
 
 @app.command()

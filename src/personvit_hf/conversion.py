@@ -1,20 +1,43 @@
-"""Official PersonViT checkpoints in: files of the pre-training and fine-tuning code to this package's models."""
+"""Checkpoints of the field in: PersonViT, iBOT, DINO, TransReID(-SSL), PASS, timm and transformers to our models."""
 
 from __future__ import annotations
 
-import argparse
+import inspect
 import logging
-import math
+import os
 import re
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Set
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import nn
 
+from .checkpoint_names import (
+    OFFICIAL_HEAD_NAMES,
+    Weight,
+    Weights,
+    backbone_from_official,
+    backbone_from_transformers,
+    checked_weight,
+    official_name,
+    renamed,
+    without,
+)
+from .checkpoint_reading import named_entries
+from .checkpoint_sizes import MASK_TOKEN, backbone_settings, shape_of
+from .checkpoint_sources import (
+    KINDS,
+    LEFT_OUT_ENTRIES,
+    Source,
+    check_entries,
+    checked_statistics,
+    flat_weights,
+    open_source,
+    split_weights,
+)
 from .configuration_personvit import PersonViTConfig
 from .image_processing_personvit import PersonViTImageProcessor
 from .modeling_personvit import PersonViTForReID, PersonViTModel
@@ -22,402 +45,336 @@ from .modeling_personvit_pretraining import PersonViTForPreTraining
 
 logger = logging.getLogger(__name__)
 
-Tensors = dict[str, torch.Tensor]
+Model = PersonViTModel | PersonViTForPreTraining | PersonViTForReID
 
-BACKBONE_NAMES = {
-    "cls_token": "embeddings.cls_token",
-    "pos_embed": "embeddings.position_embeddings",
-    "masked_embed": "embeddings.mask_token",
-    "sie_embed": "embeddings.side_embeddings",
-    "patch_embed.proj": "embeddings.patch_embeddings.projection",
-    "norm": "layernorm",
-}
-LAYER_NAMES = {
-    "norm1": "layernorm_before",
-    "norm2": "layernorm_after",
-    "attn.qkv": "attention.qkv_proj",
-    "attn.proj": "attention.o_proj",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
-}
-HEAD_NAMES = {
-    "mlp.0": "mlp.0",
-    "mlp.2": "mlp.2",
-    "mlp.4": "mlp.4",
-    "last_layer.weight_v": "cls_prototypes.direction",
-    "last_layer.weight_g": "cls_prototypes.gain",
-    "last_layer2.weight_v": "patch_prototypes.direction",
-    "last_layer2.weight_g": "patch_prototypes.gain",
-}
-OFFICIAL_NAMES = {ours: official for official, ours in (BACKBONE_NAMES | HEAD_NAMES).items()}
-# What may stand beside the weights, and why it is left out.
-DROPPED_ENTRIES = {
-    "optimizer": "state of the official training run",
-    "epoch": "state of the official training run",
-    "args": "settings of the official training run",
-    "fp16_scaler": "state of the official training run",
-}
-OFFICIAL_REID_STATISTICS = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
+TARGETS = ("backbone", "pretraining", "reid")
+OVERRIDES = {*inspect.get_annotations(PersonViTConfig), "num_labels", "id2label", "label2id"}
+REID_PARTS = ("base", "b1", "b2", "fcneck", "bottleneck", "classifier")
+REID_PARTS += tuple(f"{part}_{index}" for part in ("bottleneck", "classifier") for index in range(1, 5))
+OWN_PREFIX = re.compile(r"^(personvit|student|student_head|teacher_head)\.")
+JPM_REASON = "local branch of TransReID (JPM): the feature is the global branch's"
+JPM_UNUSED = "TransReID with JPM does not use it: its global branch b1 has a last layer of its own"
+PASS_HEAD_REASON = "head of PASS for [CLS] and parts together: the parts are last_hidden_state[:, 1:4]"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A converted checkpoint, and what became of the file.
+
+    Attributes:
+        model: In evaluation mode, float32.
+        image_processor: With the statistics of the images that the model was trained with.
+        kind: What the file is, one of `checkpoint_sources.KINDS`.
+        left_out: Keys of the file that are not used, each with the reason.
+        notes: What was assumed and may need an override.
+    """
+
+    model: Model
+    image_processor: PersonViTImageProcessor
+    kind: str
+    left_out: dict[str, str]
+    notes: list[str]
 
 
 def convert_checkpoint(
-    path: str | Path, target: str = "auto", **config_overrides
-) -> tuple[PersonViTModel | PersonViTForPreTraining | PersonViTForReID, PersonViTImageProcessor]:
-    """Builds a model and its image processor from an official PersonViT (or iBOT) checkpoint.
+    path: str | Path, target: str = "auto", *, kind: str = "auto", **overrides: Any
+) -> tuple[Model, PersonViTImageProcessor]:
+    """Builds a model and its image processor from a checkpoint of PersonViT or of a project near it.
+
+    Each key of the file is used, or logged (level INFO) with the reason why it is left out; any other is an error.
+    `convert_with_report` returns that list.
 
     Args:
-        path: A file of the pre-training code (`student`, `teacher`), of the fine-tuning code (`base.*`,
-            `bottleneck.*`, `classifier.weight`), or a bare backbone; `.pth` or `.safetensors`. It is read without
-            running any code from it.
+        path: A file (`.pth`, `.bin`, `.safetensors`) or a folder of timm or transformers. It is read without running
+            code from it. The files may be those of pre-training (iBOT, DINO, PersonViT, TransReID-SSL, PASS:
+            `student`, `teacher`), of fine-tuning (PersonViT, TransReID, TransReID-SSL, PASS: `base.*`), bare backbones
+            of these, and ViTs of timm and transformers.
         target: "backbone" (PersonViTModel; of a pre-training file the teacher), "pretraining" (student, teacher,
-            heads and centers), "reid", or "auto": "reid" for a fine-tuned file, else "backbone".
-        config_overrides: Settings of PersonViTConfig that the tensors can't tell: `num_attention_heads` (assumed to
-            be hidden size / 64), `image_size` (assumed to be twice as high as wide, else square). An `image_size`
-            with another number of patches resizes the position embeddings as the official fine-tuning does.
+            heads and centers), "reid", or "auto": "reid" for a fine-tuned file that PersonViTForReID can hold, else
+            "backbone".
+        kind: What the file is: "pretraining", "reid", "backbone", "timm" (a ViT trained with labels) or
+            "transformers"; "auto" tells it by the keys.
+        overrides: Settings of PersonViTConfig that the tensors can't tell, such as `num_attention_heads` (assumed to
+            be hidden size / 64), `image_size` (assumed to be twice as high as wide, else square), `num_views`,
+            `layer_norm_eps`; `image_mean` and `image_std`. An `image_size` with another grid of patches resizes the
+            position embeddings as the official fine-tuning does.
 
     Returns:
         The model in evaluation mode, float32, and a processor with the statistics it was trained with: ImageNet's, or
-        0.5 for fine-tuned models.
+        0.5 for fine-tuned models and ViTs trained with labels, or what the folder says.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is not such a checkpoint, or any key is unknown, missing or of another shape.
     """
-    targets = {"backbone": _convert_backbone, "pretraining": _convert_pretraining, "reid": _convert_reid}
-    if target not in ("auto", *targets):
-        raise ValueError(f"`target` must be 'auto', 'backbone', 'pretraining' or 'reid', got {target!r}.")
-    contents = read_checkpoint(Path(path))
-    kind = _kind(path, contents)
+    conversion = convert_with_report(path, target, kind=kind, **overrides)
+    for reason in sorted(set(conversion.left_out.values())):
+        keys = [key for key, value in conversion.left_out.items() if value == reason]
+        logger.info("%s: left out %s (%s).", path, ", ".join(keys), reason)
+    for note in conversion.notes:
+        logger.warning("%s: %s.", path, note)
+    return conversion.model, conversion.image_processor
+
+
+def convert_with_report(path: str | Path, target: str = "auto", *, kind: str = "auto", **overrides: Any) -> Conversion:
+    """What `convert_checkpoint` does, with the keys that were left out and what was assumed."""
+    _check_choices(target, kind, overrides)
+    statistics = {name: overrides.pop(name) for name in ("image_mean", "image_std") if name in overrides}
+    source = open_source(Path(path), kind)
     if target == "auto":
-        target = "reid" if kind == "reid" else "backbone"
+        target = "reid" if source.kind == "reid" and not _has_parts(source) else "backbone"
+    convert = {"backbone": convert_backbone, "pretraining": convert_pretraining, "reid": convert_reid}[target]
     try:
-        model = targets[target](path, contents, kind, config_overrides)
-    except StrictDataclassError as error:
-        raise ValueError(f"{path}: its sizes and the overrides {config_overrides} don't fit: {error}") from error
+        model = convert(source, overrides)
+    except (StrictDataclassError, ValueError) as error:
+        if str(error).startswith(f"{source.path}: "):
+            raise
+        raise ValueError(f"{source.path}: its sizes and the overrides {overrides} don't fit: {error}") from error
+    if statistics:
+        source.notes = [note for note in source.notes if not note.startswith("image mean")]
+    statistics = checked_statistics(path, source.statistics | statistics, model.config.num_channels)
     height, width = model.config.image_size
-    statistics = OFFICIAL_REID_STATISTICS if kind == "reid" else {}
     processor = PersonViTImageProcessor(size={"height": height, "width": width}, **statistics)
-    return model.eval(), processor
+    return Conversion(model.eval(), processor, source.kind, source.left_out, source.notes)
 
 
-def read_checkpoint(path: Path) -> dict:
-    """The contents of a `.pth` or `.safetensors` file, on the CPU, without running code from it.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file is damaged, or holds objects other than tensors, numbers, text and containers of
-            these (`argparse.Namespace` is allowed: official files carry their arguments).
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint file.")
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a readable safetensors file ({error}).") from error
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            contents = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # from bytes of any origin the unpickler raises errors of a dozen types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"{path}: not a checkpoint that can be read safely ({reason}). Only tensors and plain values are accepted."
-        ) from error
-    return dict(_mapping(path, "the file", contents))
-
-
-def _mapping(path: str | Path, name: str, value: object) -> Mapping:
-    """The value if it is a dictionary whose keys are text."""
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{path}: {name} should hold a dictionary of named entries, found {type(value).__name__}.")
-    for key in value:
-        if not isinstance(key, str):
-            raise ValueError(f"{path}: {name} should hold a dictionary of named entries, one is called {key!r}.")
-    return value
-
-
-def resize_position_embeddings(position_embeddings: torch.Tensor, grid: tuple[int, int], new_grid: tuple[int, int]):
-    """Position embeddings of another grid, as the official fine-tuning loads them.
-
-    Bilinear to the exact size without antialiasing (PersonViT `transreid_pytorch/model/backbones/vit_pytorch.py`,
-    `resize_pos_embed`); the forward pass at other sizes uses another method,
-    `modeling_personvit.interpolate_position_embeddings`.
+def save_conversion(conversion: Conversion, folder: str | Path) -> None:
+    """Saves model and image processor for `from_pretrained`, aside first and then moved: nothing stands there half.
 
     Args:
-        position_embeddings: float (1, 1 + rows * columns, hidden), [CLS] first.
-        grid: (rows, columns) of `position_embeddings`.
-        new_grid: (rows, columns) wanted.
+        conversion: What `convert_with_report` returned.
+        folder: Made if need be; files of the same names are replaced.
 
-    Returns:
-        float (1, 1 + new rows * new columns, hidden).
+    Raises:
+        OSError: if it can't be written.
     """
-    cls_position, patches = position_embeddings[:, :1], position_embeddings[:, 1:]
-    patches = patches.unflatten(1, grid).permute(0, 3, 1, 2)
-    patches = nn.functional.interpolate(patches, size=new_grid, mode="bilinear", align_corners=False)
-    return torch.cat((cls_position, patches.flatten(2).transpose(1, 2)), dim=1)
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder}: a file of this name is in the way of the output folder.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent) as partial:
+        conversion.model.save_pretrained(partial)
+        conversion.image_processor.save_pretrained(partial)
+        folder.mkdir(exist_ok=True)
+        # the configuration last: without it the folder is not taken for a model
+        for file in sorted(Path(partial).iterdir(), key=lambda path: path.name == "config.json"):
+            os.replace(file, folder / file.name)
 
 
-def _kind(path: str | Path, contents: dict) -> str:
-    """One of "pretraining", "reid" and "backbone", unwrapping `state_dict`, `model` and `module` in place."""
-    if "teacher" in contents:
-        _check_known(path, contents, {"teacher", "student", "ibot_loss", *DROPPED_ENTRIES})
-        return "pretraining"
-    for wrapper in ("state_dict", "model", "module"):
-        if isinstance(contents.get(wrapper), Mapping):
-            weights = dict(_mapping(path, f"`{wrapper}`", contents.pop(wrapper)))
-            _check_known(path, contents, DROPPED_ENTRIES)
-            contents.clear()
-            contents.update(weights)
-    names = [name.removeprefix("module.") for name in contents]
-    if any(name.startswith("base.") for name in names):
-        return "reid"
-    if any(name.removeprefix("backbone.") == "patch_embed.proj.weight" for name in names):
-        return "backbone"
-    raise ValueError(
-        f"{path}: not an official PersonViT checkpoint: found neither `teacher`, `base.*` nor "
-        f"`patch_embed.proj.weight` among its keys, which start with {sorted(contents)[:5]}."
-    )
-
-
-def _check_known(path: str | Path, entries: Mapping, known: Mapping | set) -> None:
-    unknown = sorted(set(entries) - set(known))
+def _check_choices(target: str, kind: str, overrides: dict[str, Any]) -> None:
+    if target not in ("auto", *TARGETS):
+        raise ValueError(f"`target` must be 'auto', 'backbone', 'pretraining' or 'reid', got {target!r}.")
+    if kind not in ("auto", *KINDS):
+        raise ValueError(f"`kind` must be 'auto' or one of {', '.join(KINDS)}, got {kind!r}.")
+    unknown = sorted(set(overrides) - OVERRIDES - {"image_mean", "image_std"})
     if unknown:
-        raise ValueError(f"{path}: {len(unknown)} unknown entries beside the weights: {unknown[:5]}.")
+        raise ValueError(f"`{unknown[0]}` is no setting of PersonViTConfig, nor `image_mean` or `image_std`.")
 
 
-def _split(path: str | Path, weights: Mapping[str, object], *parts: str) -> dict[str, Tensors]:
-    """Groups weights by their first word, one of `parts`, without the `module.` of distributed runs."""
-    groups: dict[str, Tensors] = {part: {} for part in parts}
-    for name, tensor in weights.items():
-        part, _, rest = name.removeprefix("module.").partition(".")
-        if part not in groups:
-            raise ValueError(f"{path}: unknown key `{name}`; expected keys that start with {' or '.join(parts)}.")
-        if rest in groups[part]:
-            raise ValueError(f"{path}: `{part}.{rest}` stands twice in the file, once with `module.` before it.")
-        groups[part][rest] = _checked(path, name, tensor)
-    return groups
+# Targets
 
 
-def _checked(path: str | Path, name: str, tensor: object) -> torch.Tensor:
-    """The weight in float32 (counters as they are), if it is a tensor of finite numbers."""
-    if not isinstance(tensor, torch.Tensor):
-        raise ValueError(f"{path}: `{name}` should be a tensor, found {type(tensor).__name__}.")
-    if not tensor.is_floating_point():
-        return tensor
-    if not tensor.isfinite().all():
-        raise ValueError(f"{path}: `{name}` holds NaN or infinite values.")
-    return tensor.float()
-
-
-def _rename(path: str | Path, weights: Tensors, names: Mapping[str, str], prefix: str) -> Tensors:
-    """Renames by the table, with or without a trailing `.weight` or `.bias`; an unknown key is an error."""
-    renamed = {}
-    for name, tensor in weights.items():
-        stem, _, kind = name.rpartition(".")
-        if name in names:
-            renamed[prefix + names[name]] = tensor
-        elif stem in names and kind in ("weight", "bias"):
-            renamed[f"{prefix}{names[stem]}.{kind}"] = tensor
-        else:
-            raise ValueError(f"{path}: unknown key `{name}`: no part of PersonViT has such a weight.")
-    return renamed
-
-
-def _backbone_weights(path: str | Path, weights: Tensors) -> Tensors:
-    """Backbone weights under our names."""
-    outside, renamed = {}, {}
-    for name, tensor in weights.items():
-        layer = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
-        if layer is None:
-            outside[name] = tensor
-            continue
-        index, part = layer.groups()
-        renamed |= _rename(path, {part: tensor}, LAYER_NAMES, f"layers.{index}.")
-    renamed |= _rename(path, outside, BACKBONE_NAMES, "")
-    mask_token = renamed.get("embeddings.mask_token")
-    if mask_token is not None and mask_token.ndim == 2:
-        renamed["embeddings.mask_token"] = mask_token[None]
-    return renamed
-
-
-def _native_image_size(path: str | Path, num_patches: int, patch_size: int) -> list[int]:
-    """[height, width] in pixels that so many patches cover: twice as high as wide, else a square."""
-    for ratio in (2, 1):
-        columns = math.isqrt(num_patches // ratio)
-        if ratio * columns * columns == num_patches:
-            return [ratio * columns * patch_size, columns * patch_size]
-    raise ValueError(f"{path}: {num_patches} positions are no 2:1 or square grid; pass `image_size=[height, width]`.")
-
-
-def _shape(path: str | Path, weights: Tensors, name: str, meaning: str) -> tuple[int, ...]:
-    """The shape of a weight, which must be there with as many axes as `meaning` names."""
-    official = OFFICIAL_NAMES.get(name) or OFFICIAL_NAMES.get(name.rpartition(".")[0], name)
-    if name not in weights:
-        raise ValueError(f"{path}: the checkpoint lacks `{name}` (`{official}` in official files).")
-    if weights[name].ndim != meaning.count(",") + 1 or 0 in weights[name].shape:
-        raise ValueError(
-            f"{path}: `{name}` (`{official}` in official files) should be ({meaning}), "
-            f"found {tuple(weights[name].shape)}."
-        )
-    return tuple(weights[name].shape)
-
-
-def _backbone_settings(path: str | Path, weights: Tensors, overrides: dict) -> dict:
-    """Settings of PersonViTConfig read off the backbone's tensors; resizes positions to `image_size` in place."""
-    positions_name = "embeddings.position_embeddings"
-    hidden_size, num_channels, patch_size, _ = _shape(
-        path, weights, "embeddings.patch_embeddings.projection.weight", "hidden, channels, patch, patch"
-    )
-    num_patches = _shape(path, weights, positions_name, "1, 1 + patches, hidden")[1] - 1
-    if num_patches < 1:
-        raise ValueError(f"{path}: `pos_embed` has no position for a patch.")
-    if hidden_size % 64 and "num_attention_heads" not in overrides:
-        raise ValueError(
-            f"{path}: can't tell the number of attention heads of a width of {hidden_size}: "
-            "pass `num_attention_heads`."
-        )
-    settings = {
-        "hidden_size": hidden_size,
-        "num_attention_heads": hidden_size // 64,
-        "num_hidden_layers": len({name.split(".")[1] for name in weights if name.startswith("layers.")}),
-        "intermediate_size": _shape(path, weights, "layers.0.mlp.fc1.weight", "intermediate, hidden")[0],
-        "patch_size": patch_size,
-        "num_channels": num_channels,
-        "qkv_bias": any(name.endswith(".qkv_proj.bias") for name in weights),
-    }
-    if "embeddings.side_embeddings" in weights:
-        settings["num_cameras"] = len(weights["embeddings.side_embeddings"])
-    if "image_size" in overrides:
-        config = PersonViTConfig(**settings | overrides)
-        if math.prod(config.patch_grid(*config.image_size)) == num_patches:
-            return settings | overrides
-    settings["image_size"] = _native_image_size(path, num_patches, patch_size)
-    config = PersonViTConfig(**settings | overrides)
-    native_grid = tuple(side // patch_size for side in settings["image_size"])
-    grid = config.patch_grid(*config.image_size)
-    if grid != native_grid:
-        weights[positions_name] = resize_position_embeddings(weights[positions_name], native_grid, grid)
-    return settings | overrides
-
-
-def _load(path: str | Path, model: nn.Module, weights: Tensors, optional: set[str] = frozenset()):
-    """Loads strictly: every key must be there with its shape, but for the `optional` ones."""
-    state = model.state_dict()
-    missing = sorted(set(state) - set(weights) - optional)
-    unexpected = sorted(set(weights) - set(state))
-    shapes = [
-        f"{name}: {tuple(weights[name].shape)} instead of {tuple(state[name].shape)}"
-        for name in sorted(set(state) & set(weights))
-        if weights[name].shape != state[name].shape
-    ]
-    for what, names in (("lacks", missing), ("has no place for", unexpected), ("has other shapes in", shapes)):
-        if names:
-            raise ValueError(f"{path}: the checkpoint {what} {len(names)} of {len(state)} weights: {names[:5]}.")
-    model.load_state_dict(weights, strict=False)
-    return model
-
-
-def _log_dropped(path: str | Path, names: list[str], reason: str) -> None:
-    if names:
-        logger.info("%s: left out %s (%s).", path, ", ".join(sorted(names)), reason)
-
-
-def _convert_backbone(path: str | Path, contents: dict, kind: str, overrides: dict) -> PersonViTModel:
-    if kind == "pretraining":
-        parts = _split(path, _mapping(path, "`teacher`", contents["teacher"]), "backbone", "head")
-        weights = _backbone_weights(path, parts["backbone"])
-        # only the student is ever masked, so the mask token is the student's
-        student = _split(path, _mapping(path, "`student`", contents.get("student", {})), "backbone", "head")
-        if "masked_embed" in student["backbone"]:
-            weights["embeddings.mask_token"] = student["backbone"]["masked_embed"].reshape(1, 1, -1)
-        _log_dropped(path, ["student", "head", "ibot_loss"], "the target is the teacher's backbone")
-    elif kind == "reid":
-        weights, dropped = _reid_backbone(path, _split(path, contents, "base", "bottleneck", "classifier")["base"])
-        _log_dropped(path, [*dropped, "bottleneck", "classifier"], "the target is the backbone")
+def convert_backbone(source: Source, overrides: dict[str, Any]) -> PersonViTModel:
+    """The backbone of any file; of a pre-training file the teacher's."""
+    path = source.path
+    if source.kind == "pretraining":
+        weights = _teacher_backbone(source)
+    elif source.kind == "reid":
+        weights, rest = _reid_backbone(source)
+        reason = PASS_HEAD_REASON if _has_parts(source) else "the target is the backbone"
+        source.left_out |= {weight.key: reason for weight in rest.values()}
+    elif source.kind == "transformers":
+        weights = backbone_from_transformers(path, flat_weights(source), source.left_out)
     else:
-        # some files put `backbone.` before each name and some don't, with or without `module.`
-        prefixed = {
-            name if "backbone." in name else re.sub(r"^(module\.)?", r"\1backbone.", name, count=1): value
-            for name, value in contents.items()
-        }
-        weights = _backbone_weights(path, _split(path, prefixed, "backbone")["backbone"])
-    settings = _backbone_settings(path, weights, overrides)
-    return _load(path, PersonViTModel(PersonViTConfig(**settings)), weights, {"embeddings.mask_token"})
+        weights = backbone_from_official(path, flat_weights(source), source.left_out)
+    settings = backbone_settings(source, weights, overrides)
+    return _load(source, PersonViTModel, settings, weights, {MASK_TOKEN})
 
 
-def _convert_pretraining(path: str | Path, contents: dict, kind: str, overrides: dict) -> PersonViTForPreTraining:
-    if kind != "pretraining" or "student" not in contents:
-        raise ValueError(f"{path}: target 'pretraining' needs a file with `student` and `teacher`, this is a {kind}.")
-    _log_dropped(path, [name for name in DROPPED_ENTRIES if name in contents], "not part of the model")
+def convert_pretraining(source: Source, overrides: dict[str, Any]) -> PersonViTForPreTraining:
+    """Student, teacher, heads and centers of a file of iBOT, PersonViT or DINO."""
+    path, entries = source.path, source.entries
+    if source.kind != "pretraining" or "student" not in entries:
+        raise ValueError(
+            f"{path}: target 'pretraining' needs a file with `student` and `teacher`, this is a {source.kind}."
+        )
+    for name in check_entries(path, entries, {"student", "teacher", "ibot_loss", "dino_loss"}):
+        source.left_out[name] = LEFT_OUT_ENTRIES[name]
     backbones, heads, shared = {}, {}, {}
     for role in ("student", "teacher"):
-        parts = _split(path, _mapping(path, f"`{role}`", contents[role]), "backbone", "head")
-        backbones[role] = _backbone_weights(path, parts["backbone"])
+        parts = split_weights(path, named_entries(path, f"`{role}`", entries[role]), ("backbone", "head"))
+        backbones[role] = backbone_from_official(path, parts["backbone"], source.left_out)
         head, shared[role] = _without_repetition(parts["head"])
-        heads[role] = _rename(path, head, HEAD_NAMES, "")
-    _shape(path, backbones["student"], "embeddings.mask_token", "1, 1, hidden")
-    # only the student is ever masked, so the teacher's copy of the mask token is the student's
-    backbones["teacher"]["embeddings.mask_token"] = backbones["student"]["embeddings.mask_token"]
-    settings = _head_settings(path, heads["student"], shared)
+        if any(name.startswith("mlp_cls.") for name in head):
+            raise ValueError(f"{path}: PASS's heads of parts have no place here: convert with target 'backbone'.")
+        heads[role] = renamed(path, head, OFFICIAL_HEAD_NAMES)
+    if any("last_layer2." in key for key in entries["student"]):  # iBOT's; DINO has no mask token
+        shape_of(source, backbones["student"], MASK_TOKEN, "1, 1, hidden")
+    # only the student is ever masked, so the teacher's copy of the mask token is the student's, if it has none
+    if MASK_TOKEN in backbones["student"]:
+        backbones["teacher"].setdefault(MASK_TOKEN, backbones["student"][MASK_TOKEN])
+    settings = _head_settings(source, heads["student"], shared)
     for backbone in backbones.values():
-        settings |= _backbone_settings(path, backbone, overrides)
+        settings |= backbone_settings(source, backbone, overrides)
     weights = {f"student.{name}": value for name, value in backbones["student"].items()}
     weights |= {f"personvit.{name}": value for name, value in backbones["teacher"].items()}
     weights |= {f"{role}_head.{name}": value for role in heads for name, value in heads[role].items()}
-    if "ibot_loss" in contents:
-        centers = _mapping(path, "`ibot_loss`", contents["ibot_loss"])
-        _check_known(path, centers, {"center", "center2"})
-        for ours, official in (("center", "center"), ("patch_center", "center2")):
-            if official not in centers:
-                raise ValueError(f"{path}: `ibot_loss` lacks `{official}`.")
-            weights[ours] = _checked(path, f"ibot_loss.{official}", centers[official]).flatten()
-    model = PersonViTForPreTraining(PersonViTConfig(**settings))
-    return _load(path, model, weights, {"center", "patch_center"})
+    weights |= _centers(source)
+    optional = {"center", "patch_center", f"student.{MASK_TOKEN}", f"personvit.{MASK_TOKEN}"}
+    return _load(source, PersonViTForPreTraining, settings, weights, optional)
 
 
-def _without_repetition(head: Tensors) -> tuple[Tensors, bool]:
-    """A head without the second copy of its prototypes, and whether it had one: so iBOT writes a shared head."""
+def convert_reid(source: Source, overrides: dict[str, Any]) -> PersonViTForReID:
+    """Backbone, BNNeck and classifier of a fine-tuned file; of TransReID with JPM the global branch."""
+    if source.kind != "reid":
+        raise ValueError(
+            f"{source.path}: target 'reid' needs a fine-tuned file with `base.*` keys, this is a {source.kind} file."
+        )
+    backbone, rest = _reid_backbone(source)
+    if _has_parts(source):
+        _refuse_joined_feature(source, backbone, rest)
+    if "fcneck.weight" in rest:
+        raise ValueError(
+            f"{source.path}: `{rest['fcneck.weight'].key}` makes the feature narrower (REDUCE_FEAT_DIM), which "
+            "PersonViTForReID does not: convert with target 'backbone' to leave it out."
+        )
+    settings = backbone_settings(source, backbone, overrides)
+    weights = {f"personvit.{name}": value for name, value in backbone.items()} | rest
+    num_labels = shape_of(source, weights, "classifier.weight", "labels, hidden")[0]
+    settings.setdefault("num_labels", num_labels)
+    return _load(source, PersonViTForReID, settings, weights)
+
+
+# Their parts
+
+
+def _refuse_joined_feature(source: Source, backbone: Weights, rest: Weights) -> None:
+    """PASS concatenates [CLS] and the mean part, or takes their mean, which looks as if it were [CLS] alone."""
+    hidden_size = shape_of(source, backbone, "embeddings.cls_token", "1, 1, hidden")[2]
+    width = shape_of(source, rest, "classifier.weight", "labels, hidden")[1]
+    if width != hidden_size or any(name.startswith("bottleneck_") for name in rest):
+        raise ValueError(
+            f"{source.path}: PASS's feature joins [CLS] and parts, PersonViTForReID's is [CLS]: convert with target "
+            "'backbone' and join `pooler_output` and `last_hidden_state[:, 1:4]`."
+        )
+    source.notes.append("the feature is the [CLS] token; PASS's own fine-tuning takes its mean with the parts")
+
+
+def _teacher_backbone(source: Source) -> Weights:
+    path, entries = source.path, source.entries
+    for name in check_entries(path, entries, {"student", "teacher"}):
+        source.left_out[name] = LEFT_OUT_ENTRIES[name]
+    parts = split_weights(path, named_entries(path, "`teacher`", entries["teacher"]), ("backbone", "head"))
+    weights = backbone_from_official(path, parts["backbone"], source.left_out)
+    reason = "the target is the teacher's backbone"
+    source.left_out |= {f"teacher: {weight.key}": reason for weight in parts["head"].values()}
+    if "student" in entries:
+        source.left_out["student"] = reason
+        for key, tensor in named_entries(path, "`student`", entries["student"]).items():
+            # only the student is ever masked, so the mask token is the student's
+            if key.endswith("backbone.masked_embed"):
+                weight = checked_weight(path, key, tensor)
+                weights.setdefault(MASK_TOKEN, Weight(weight.tensor.reshape(1, 1, -1), key))
+    return weights
+
+
+def _without_repetition(head: Weights) -> tuple[Weights, bool]:
+    """A head without the second copy of its prototypes, and whether it had one: so iBOT writes a shared head.
+
+    DINO's head has one set of prototypes to begin with, which is the same.
+    """
     second = [name for name in head if name.startswith("last_layer2.")]
     for name in second:
         first = head.get(name.replace("last_layer2", "last_layer"))
-        if first is None or not torch.equal(head[name], first):
+        if first is None or not torch.equal(head[name].tensor, first.tensor):
             return head, False
-    return {name: tensor for name, tensor in head.items() if name not in second}, True
+    return {name: weight for name, weight in head.items() if name not in second}, True
 
 
-def _head_settings(path: str | Path, head: Tensors, shared: dict[str, bool]) -> dict:
+def _head_settings(source: Source, head: Weights, shared: dict[str, bool]) -> dict[str, Any]:
     """Settings of PersonViTConfig read off the student's projection head."""
-    num_cls_prototypes, bottleneck = _shape(path, head, "cls_prototypes.direction", "prototypes, bottleneck")
-    gains = [value for name, value in head.items() if name.endswith("_prototypes.gain")]
+    num_prototypes, bottleneck = shape_of(source, head, "cls_prototypes.direction", "prototypes, bottleneck")
+    gains = [weight.tensor for name, weight in head.items() if name.endswith("_prototypes.gain")]
+    patch_prototypes = head.get("patch_prototypes.direction", head["cls_prototypes.direction"])
     return {
         "share_projection_head": shared["student"],
         "share_teacher_projection_head": shared["teacher"],
-        "projection_hidden_size": _shape(path, head, "mlp.0.weight", "projection hidden, hidden")[0],
+        "projection_hidden_size": shape_of(source, head, "mlp.0.weight", "projection hidden, hidden")[0],
         "projection_bottleneck_size": bottleneck,
-        "num_cls_prototypes": num_cls_prototypes,
-        "num_patch_prototypes": len(head.get("patch_prototypes.direction", head["cls_prototypes.direction"])),
+        "num_cls_prototypes": num_prototypes,
+        "num_patch_prototypes": len(patch_prototypes.tensor),
         # iBOT fixes gains at 1 if at all
         "norm_last_layer": all(bool((gain == 1).all()) for gain in gains),
     }
 
 
-def _reid_backbone(path: str | Path, base: Tensors) -> tuple[Tensors, list[str]]:
-    """The backbone of a fine-tuned file, and its keys that are left out: TransReID keeps an unused classifier."""
-    dropped = [name for name in base if name.startswith("fc.")]
-    return _backbone_weights(path, {name: value for name, value in base.items() if name not in dropped}), dropped
+def _centers(source: Source) -> Weights:
+    """The centers of iBOT (`center`, `center2`) or DINO (`center`), if the file has them."""
+    weights: Weights = {}
+    for entry, names in (("ibot_loss", ("center", "center2")), ("dino_loss", ("center",))):
+        if entry not in source.entries:
+            continue
+        centers = named_entries(source.path, f"`{entry}`", source.entries[entry])
+        if set(centers) != set(names):
+            raise ValueError(f"{source.path}: `{entry}` should hold {' and '.join(names)}, found {sorted(centers)}.")
+        for ours, name in zip(("center", "patch_center"), names, strict=False):
+            weight = checked_weight(source.path, f"{entry}.{name}", centers[name])
+            weights[ours] = Weight(weight.tensor.flatten(), weight.key)
+    return weights
 
 
-def _convert_reid(path: str | Path, contents: dict, kind: str, overrides: dict) -> PersonViTForReID:
-    if kind != "reid":
-        raise ValueError(f"{path}: target 'reid' needs a fine-tuned file with `base.*` keys, this is a {kind} file.")
-    parts = _split(path, contents, "base", "bottleneck", "classifier")
-    backbone, dropped = _reid_backbone(path, parts["base"])
-    _log_dropped(path, dropped, "TransReID's unused classifier")
-    settings = _backbone_settings(path, backbone, overrides)
-    weights = {f"personvit.{name}": value for name, value in backbone.items()}
-    weights |= {f"bottleneck.{name}": value for name, value in parts["bottleneck"].items()}
-    weights |= {f"classifier.{name}": value for name, value in parts["classifier"].items()}
-    if "classifier.weight" not in weights:
-        raise ValueError(f"{path}: the checkpoint lacks `classifier.weight`.")
-    settings.setdefault("num_labels", weights["classifier.weight"].shape[0])
-    return _load(path, PersonViTForReID(PersonViTConfig(**settings)), weights)
+def _has_parts(source: Source) -> bool:
+    return any(re.search(r"\bpart_token[0-9]+$", key) for key in source.entries)
+
+
+def _reid_backbone(source: Source) -> tuple[Weights, Weights]:
+    """(backbone, BNNeck and classifier) of a fine-tuned file, local branches left out."""
+    parts = split_weights(source.path, source.entries, REID_PARTS)
+    base, left_out = parts["base"], source.left_out
+    if parts["b1"]:
+        last = max((int(name.split(".")[1]) for name in base if re.match(r"blocks\.[0-9]{1,4}\.", name)), default=0)
+        base = without(base, {rf"blocks\.{last}\..+|norm\..+": JPM_UNUSED}, left_out)
+        for name, weight in parts["b1"].items():
+            base[re.sub(r"^1\.", "norm.", re.sub(r"^0\.", f"blocks.{last}.", name))] = weight
+        local = [part for part in REID_PARTS if part == "b2" or "_" in part]
+        left_out |= {weight.key: JPM_REASON for part in local for weight in parts.pop(part).values()}
+    parts = {part: weights for part, weights in parts.items() if part not in ("base", "b1")}
+    rest = {f"{part}.{name}": weight for part, weights in parts.items() for name, weight in weights.items()}
+    return backbone_from_official(source.path, base, left_out), rest
+
+
+def _load(
+    source: Source,
+    model_class: type[Model],
+    settings: dict[str, Any],
+    weights: Weights,
+    optional: Set[str] = frozenset(),
+) -> Model:
+    """The model with these weights: every one must be there with its shape, but for the `optional` ones, which are 0.
+
+    It is built without memory first, so that sizes that contradict each other take none.
+    """
+    with torch.device("meta"):
+        model = model_class(PersonViTConfig(**settings))
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    problems = {
+        "lacks": [
+            f"{name} ({official_name(re.sub(OWN_PREFIX, '', name))})"
+            for name in sorted(set(expected) - set(weights) - optional)
+        ],
+        "has no place for": [weights[name].key for name in sorted(set(weights) - set(expected))],
+        "has other shapes in": [
+            f"{weights[name].key} ({name}): {tuple(weights[name].tensor.shape)} instead of {shape}"
+            for name, shape in sorted(expected.items())
+            if name in weights and tuple(weights[name].tensor.shape) != shape
+        ],
+    }
+    for what, names in problems.items():
+        if names:
+            raise ValueError(
+                f"{source.path}: the checkpoint {what} {len(names)} of {len(expected)} weights: {names[:5]}."
+            )
+    model.to_empty(device="cpu")
+    zeros = {name: torch.zeros(expected[name]) for name in set(expected) - set(weights)}
+    model.load_state_dict({name: weight.tensor for name, weight in weights.items()} | zeros)
+    return model
