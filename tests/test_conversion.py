@@ -424,6 +424,9 @@ def test_harm_to_any_key_is_an_error_that_names_it(convert, name, role, target, 
             convert(contents, target, num_attention_heads=HEADS[name])
         assert any(called in str(error.value) for called in names_of(key)), (key, str(error.value))
         assert "file.pth" in str(error.value)
+        if harm == "shorter":
+            for tensor in (weights[key], value):  # a mask token of two axes is told with three
+                assert f"{', '.join(map(str, tensor.shape))}" in str(error.value)
         weights[key] = value
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -86,13 +89,28 @@ def shape_of(source: Source, weights: Weights, name: str, meaning: str) -> tuple
     return shape
 
 
+def commonest_size(weights: Weights, axes: Mapping[str, int]) -> int:
+    """The size that most weights agree on; `axes` gives the axis for each pattern of names.
+
+    One weight of another shape is then the one that an error names, not all others.
+    """
+    sizes = [
+        weight.tensor.shape[axis]
+        for pattern, axis in axes.items()
+        for name, weight in weights.items()
+        if re.fullmatch(pattern, name) and -weight.tensor.ndim <= axis < weight.tensor.ndim
+    ]
+    return Counter(sizes).most_common(1)[0][0]
+
+
 def backbone_settings(source: Source, weights: Weights, overrides: dict[str, Any]) -> dict[str, Any]:
     """Settings of PersonViTConfig read off the backbone's tensors; resizes positions to `image_size` in place."""
     has_stem = f"{PATCHES}.stem.0.weight" in weights
     projection = f"{PATCHES}.projection.weight"
-    hidden_size, num_channels, *patch = shape_of(source, weights, projection, "hidden, channels, patch, patch")
-    if patch[0] != patch[1]:
-        raise ValueError(f"{source.path}: `{weights[projection].key}` should have square patches, found {patch}.")
+    _, num_channels, patch, _ = shape_of(source, weights, projection, "hidden, channels, patch, patch")
+    shape_of(source, weights, "layers.0.mlp.fc1.weight", "intermediate, hidden")
+    widths = {r"embeddings\.cls_token": -1, r"layernorm\.(weight|bias)": 0, r".*\.projection\.weight": 0}
+    hidden_size = commonest_size(weights, widths | {r"layers\..*\.mlp\.fc1\.weight": 1})
     if has_stem:
         num_channels = shape_of(source, weights, f"{PATCHES}.stem.0.weight", "width, channels, 7, 7")[1]
     num_layers = len({name.split(".")[1] for name in weights if name.startswith("layers.")})
@@ -103,8 +121,10 @@ def backbone_settings(source: Source, weights: Weights, overrides: dict[str, Any
         **{name: value for name, value in source.settings.items() if name != "image_size"},
         "hidden_size": hidden_size,
         "num_hidden_layers": num_layers,
-        "intermediate_size": shape_of(source, weights, "layers.0.mlp.fc1.weight", "intermediate, hidden")[0],
-        "patch_size": patch[0] * (2 if has_stem else 1),
+        "intermediate_size": commonest_size(
+            weights, {r"layers\..*\.fc1\.(weight|bias)": 0, r"layers\..*\.fc2\.weight": 1}
+        ),
+        "patch_size": patch * (2 if has_stem else 1),
         "num_channels": num_channels,
         "qkv_bias": any(name.endswith(".qkv_proj.bias") for name in weights),
         "stem": "ics" if has_stem else "patch",

@@ -27,7 +27,7 @@ from .checkpoint_names import (
     without,
 )
 from .checkpoint_reading import named_entries
-from .checkpoint_sizes import MASK_TOKEN, backbone_settings, shape_of
+from .checkpoint_sizes import MASK_TOKEN, backbone_settings, commonest_size, shape_of
 from .checkpoint_sources import (
     KINDS,
     LEFT_OUT_ENTRIES,
@@ -293,14 +293,14 @@ def _without_repetition(head: Weights) -> tuple[Weights, bool]:
 
 def _head_settings(source: Source, head: Weights, shared: dict[str, bool]) -> dict[str, Any]:
     """Settings of PersonViTConfig read off the student's projection head."""
-    num_prototypes, bottleneck = shape_of(source, head, "cls_prototypes.direction", "prototypes, bottleneck")
+    num_prototypes = shape_of(source, head, "cls_prototypes.direction", "prototypes, bottleneck")[0]
     gains = [weight.tensor for name, weight in head.items() if name.endswith("_prototypes.gain")]
     patch_prototypes = head.get("patch_prototypes.direction", head["cls_prototypes.direction"])
     return {
         "share_projection_head": shared["student"],
         "share_teacher_projection_head": shared["teacher"],
-        "projection_hidden_size": shape_of(source, head, "mlp.0.weight", "projection hidden, hidden")[0],
-        "projection_bottleneck_size": bottleneck,
+        "projection_hidden_size": commonest_size(head, {r"mlp\.[02]\.(weight|bias)": 0, r"mlp\.[24]\.weight": 1}),
+        "projection_bottleneck_size": commonest_size(head, {r".*\.direction": 1, r"mlp\.4\.(weight|bias)": 0}),
         "num_cls_prototypes": num_prototypes,
         "num_patch_prototypes": len(patch_prototypes.tensor),
         # iBOT fixes gains at 1 if at all
