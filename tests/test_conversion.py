@@ -403,7 +403,7 @@ OPTIONAL = ("base.fc.", "base.sie_embed")
 
 
 @every_file
-@pytest.mark.parametrize("harm", ["missing", "shorter", "NaN", "text"])
+@pytest.mark.parametrize("harm", ["missing", "shorter", "NaN", "text", "integers"])
 def test_harm_to_any_key_is_an_error_that_names_it(convert, name, role, target, harm):
     contents = load_official(name)
     weights = contents[role] if role else contents
@@ -418,7 +418,11 @@ def test_harm_to_any_key_is_an_error_that_names_it(convert, name, role, target, 
         if harm == "missing":
             del weights[key]
         else:
-            changes = {"NaN": lambda v: v.new_full(v.shape, torch.nan), "text": lambda v: "text"}
+            changes = {
+                "NaN": lambda v: v.new_full(v.shape, torch.nan),
+                "text": lambda v: "text",
+                "integers": lambda v: v.int(),
+            }
             weights[key] = changes.get(harm, lambda v: v[..., :-1] if v.ndim else v[None])(value)
         with pytest.raises(ValueError) as error:
             convert(contents, target, num_attention_heads=HEADS[name])

@@ -101,8 +101,10 @@ def checked_weight(path: str | Path, key: str, tensor: object) -> Weight:
     """A weight of a file, if it is a tensor of finite numbers."""
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"{path}: `{key}` should be a tensor, found {type(tensor).__name__}.")
-    if not tensor.is_floating_point():
+    if key.endswith("num_batches_tracked") and tensor.dtype == torch.int64:
         return Weight(tensor, key)
+    if not tensor.is_floating_point():
+        raise ValueError(f"{path}: `{key}` should hold floating point numbers, found {tensor.dtype}.")
     if not tensor.isfinite().all():
         raise ValueError(f"{path}: `{key}` holds NaN or infinite values.")
     return Weight(tensor.float(), key)

@@ -90,7 +90,7 @@ def shape_of(source: Source, weights: Weights, name: str, meaning: str) -> tuple
 
 
 def commonest_size(weights: Weights, axes: Mapping[str, int]) -> int:
-    """The size that most weights agree on; `axes` gives the axis for each pattern of names.
+    """The size that most weights agree on; `axes` gives the axis for each pattern of names. 0 if there are none.
 
     One weight of another shape is then the one that an error names, not all others.
     """
@@ -100,7 +100,7 @@ def commonest_size(weights: Weights, axes: Mapping[str, int]) -> int:
         for name, weight in weights.items()
         if re.fullmatch(pattern, name) and -weight.tensor.ndim <= axis < weight.tensor.ndim
     ]
-    return Counter(sizes).most_common(1)[0][0]
+    return max(Counter(sizes).items(), key=lambda item: item[1], default=(0, 0))[0]
 
 
 def backbone_settings(source: Source, weights: Weights, overrides: dict[str, Any]) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def load_own_model(folder: str | Path) -> PersonViTPreTrainedModel:
         name = (config.architectures or ["PersonViTModel"])[0]
         if config.model_type != "personvit" or name not in MODEL_CLASSES:
             raise ValueError(f"it holds a {name} of type {config.model_type!r}, not one of {', '.join(MODEL_CLASSES)}")
-        return MODEL_CLASSES[name].from_pretrained(folder, local_files_only=True)
+        return MODEL_CLASSES[name].from_pretrained(folder, local_files_only=True, use_safetensors=True)
     except Exception as error:  # transformers and safetensors raise their own for damaged files
         raise ValueError(f"{folder}: not a readable model of this package ({printable(str(error))}).") from error
 
