@@ -319,12 +319,7 @@ class PersonViTForPreTraining(PersonViTPreTrainedModel):
         """
         self._check_views(global_pixel_values, local_pixel_values, bool_masked_pos)
         views = global_pixel_values.flatten(0, 1)
-        grid = self.config.patch_grid(*views.shape[-2:])
-        if bool_masked_pos is None:
-            masks = torch.zeros(len(views), grid[0] * grid[1], dtype=torch.bool, device=views.device)
-        else:
-            masks = bool_masked_pos.reshape(len(views), -1).bool()
-
+        masks = self._masks(views, bool_masked_pos)
         first_patch = 1 + self.config.num_part_tokens
         with torch.no_grad():
             teacher_tokens = self.personvit(views).last_hidden_state
@@ -372,6 +367,13 @@ class PersonViTForPreTraining(PersonViTPreTrainedModel):
             attentions=masked.attentions,
             **logits,
         )
+
+    def _masks(self, views: torch.Tensor, bool_masked_pos: torch.Tensor | None) -> torch.Tensor:
+        """bool (views, patches); nothing is masked if nothing is given."""
+        if bool_masked_pos is not None:
+            return bool_masked_pos.reshape(len(views), -1).bool()
+        rows, columns = self.config.patch_grid(*views.shape[-2:])
+        return torch.zeros(len(views), rows * columns, dtype=torch.bool, device=views.device)
 
     def _student_cls_tokens(
         self, masked: torch.Tensor, views: torch.Tensor, local_pixel_values: torch.Tensor | None
