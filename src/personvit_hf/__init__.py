@@ -25,6 +25,7 @@ from .modeling_personvit_pretraining import PersonViTForPreTraining
 if TYPE_CHECKING:
     from .conversion import convert_checkpoint
     from .embedding import embed_images
+    from .hub import push_to_hub
     from .person_images import load_person_images
     from .reid_data import load_reid_dataset
     from .reid_retrieval.ranking import evaluate_reid
@@ -40,6 +41,7 @@ __all__ = [
     "evaluate_reid",
     "load_person_images",
     "load_reid_dataset",
+    "push_to_hub",
 ]
 
 _MODULE_OF = {
@@ -48,6 +50,7 @@ _MODULE_OF = {
     "evaluate_reid": "reid_retrieval.ranking",
     "load_person_images": "person_images",
     "load_reid_dataset": "reid_data",
+    "push_to_hub": "hub",
 }
 
 

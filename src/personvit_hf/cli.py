@@ -11,11 +11,6 @@ import typer
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 
-@app.callback()
-def _personvit() -> None:
-    """Keeps `convert` a subcommand while it is the only one (typer would make it the program)."""
-
-
 @app.command()
 def convert(
     file: Annotated[Path, typer.Argument(help="Official checkpoint, such as a .pth file.")],
@@ -29,6 +24,19 @@ def convert(
     model.save_pretrained(output)
     processor.save_pretrained(output)
     typer.echo(f"{type(model).__name__} of {file} written to {output}.")
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder of a model and its image processor.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO", help="owner/name on the Hub; created if there is none.")],
+    private: Annotated[bool, typer.Option("--private", help="Create it as a private one.")] = False,
+    license: Annotated[str, typer.Option(help="Licence of the weights; other: the training data's terms.")] = "other",
+) -> None:
+    """Publish a model with its image processor, card and code on the Hub, in one commit."""
+    from .hub import push_to_hub
+
+    typer.echo(push_to_hub(folder, repo_id, private=private or None, license=license).commit_url)
 
 
 def main() -> None:
