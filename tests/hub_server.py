@@ -242,13 +242,24 @@ class Handler(BaseHTTPRequestHandler):
             {"lfs": {"oid": stored, "size": len(content), "pointerSize": 130}} if isinstance(stored, str) else {}
         )
 
-    def tree(self, body: bytes, key: str, revision: str, folder: str | None = None, **_: str) -> None:
+    def tree(self, body: bytes, key: str, revision: str, folder: str | None = None, recursive: str = "", **_) -> None:
         if (repo := self.repo(key)) is None:
             return None
         if (tree := repo.tree(revision)) is None:
             return self.answer(404, {"error": "no such revision"}, X_Error_Code="RevisionNotFound")
-        rows = [self.entry(path, stored) for path, stored in tree.items() if path.startswith(folder or "")]
-        return self.answer(200, rows) if rows else self.answer(404, {"error": "nothing"}, X_Error_Code="EntryNotFound")
+        rows, prefix = {}, f"{folder}/" if folder else ""
+        for path, stored in tree.items():
+            child, *deeper = path.removeprefix(prefix).split("/")
+            if not path.startswith(prefix):
+                continue
+            if deeper and recursive.lower() != "true":
+                rows[child] = {"type": "directory", "path": prefix + child, "size": 0, "oid": git_oid(child.encode())}
+            else:
+                rows[path] = self.entry(path, stored)
+        missing = {"error": "no such folder"}
+        return (
+            self.answer(200, list(rows.values())) if rows else self.answer(404, missing, X_Error_Code="EntryNotFound")
+        )
 
     def paths_info(self, body: bytes, key: str, revision: str) -> None:
         asked = self.headers.get("Content-Type", "")

@@ -191,6 +191,19 @@ def test_only_what_belongs_to_the_model_is_published(server, folder, tmp_path):
         assert str(tmp_path).encode() not in files[name]
 
 
+def run_python(server: HubServer, tmp_path: Path, code: str, *arguments: str) -> None:
+    """A process of its own, told of the Hub as users tell it: by the environment."""
+    environment = {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
+    process = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env={**os.environ, **environment, "HF_HOME": str(tmp_path / "home")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr
+
+
 WITHOUT_THE_PACKAGE = r"""
 import sys
 sys.modules["personvit_hf"] = None  # whoever imports it gets an ImportError
@@ -229,16 +242,8 @@ def test_a_process_without_the_package_loads_every_class_from_the_hub(server, tm
     models["alice/stock"] = (models["alice/reid"][0], "AutoModelForImageClassification")
     models["alice/stock"][0].push_to_hub("alice/stock", private=True)
     processor.push_to_hub("alice/stock")
-    environment = {"HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
-    process = subprocess.run(
-        [sys.executable, "-c", WITHOUT_THE_PACKAGE, str(tmp_path / "outputs.pt")]
-        + [f"{name}:{auto_class}" for name, (_, auto_class) in models.items()],
-        env={**os.environ, **environment, "HF_HOME": str(tmp_path / "home")},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert process.returncode == 0, process.stderr
+    pairs = [f"{name}:{auto_class}" for name, (_, auto_class) in models.items()]
+    run_python(server, tmp_path, WITHOUT_THE_PACKAGE, str(tmp_path / "outputs.pt"), *pairs)
     outputs = torch.load(tmp_path / "outputs.pt")
     assert {name for name in outputs if name.endswith(" card")} == {f"{name} card" for name in models} - {
         "alice/stock card"
@@ -253,6 +258,31 @@ def test_a_process_without_the_package_loads_every_class_from_the_hub(server, tm
         torch.testing.assert_close(feature, backbone(pixel_values).pooler_output.detach(), rtol=0, atol=1e-6)
         ours = model.state_dict() if auto_class != "AutoModel" else backbone.state_dict()
         assert all(torch.equal(state[key], ours[key]) for key in ours)
+
+
+PUSH_A_DATA_SET = """
+import sys
+from huggingface_hub import DatasetCard
+from personvit_hf import load_reid_dataset
+from personvit_hf.cards import dataset_card
+
+dataset = load_reid_dataset(sys.argv[1])
+dataset.push_to_hub("alice/rendered", private=True)
+dataset_card(dataset, "alice/rendered", license="cc0-1.0").push_to_hub("alice/rendered")
+again = load_reid_dataset("alice/rendered")
+for split, rows in dataset.items():
+    assert rows["person_id"][:] == again[split]["person_id"][:]
+    assert rows[0]["image"] == again[split][0]["image"]
+assert DatasetCard.load("alice/rendered").data.license == "cc0-1.0"
+"""
+
+
+@pytest.mark.slow
+def test_a_data_set_comes_back_from_the_hub_under_its_card(server, tmp_path):
+    run_python(server, tmp_path, PUSH_A_DATA_SET, str(EXAMPLES / "data"))
+    repo = server.repos["datasets/alice/rendered"]
+    assert repo.private and len(repo.commits) == 3
+    assert b"90 queries have a match" in repo.commits[-1]["README.md"]
 
 
 # What users see when it can't work
