@@ -11,7 +11,6 @@ import hashlib
 import json
 import re
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -48,14 +47,14 @@ class Repo:
 
 @dataclass
 class Fault:
-    """What the next `times` requests that match get after a wait: a status, or a line that dies ("cut", "lost")."""
+    """What the next `times` requests that match get, once `until` is set: a status, or a line that dies."""
 
     pattern: str
     action: (
         int | str | None
     )  # "cut": half-way through the larger of request and answer; "lost": done, but not answered
     times: int = 1
-    seconds: float = 0.0
+    until: threading.Event | None = None
 
 
 class HubServer(ThreadingHTTPServer):
@@ -74,8 +73,13 @@ class HubServer(ThreadingHTTPServer):
         self.requests: list[str] = []  # "METHOD path", with the range asked for
         self.lock = threading.Lock()
 
-    def fail(self, pattern: str, action: int | str | None, times: int = 1, seconds: float = 0.0) -> None:
-        self.faults.append(Fault(pattern, action, times, seconds))
+    def fail(self, pattern: str, action: int | str | None, times: int = 1) -> None:
+        self.faults.append(Fault(pattern, action, times))
+
+    def hold(self, pattern: str) -> threading.Event:
+        """The next request that matches is answered when the event is set."""
+        self.faults.append(Fault(pattern, None, until=threading.Event()))
+        return self.faults[-1].until
 
     def next_fault(self, request: str) -> Fault | None:
         with self.lock:
@@ -115,8 +119,8 @@ class Handler(BaseHTTPRequestHandler):
         request = f"{self.command} {path} {self.headers.get('Range', '')}".strip()
         self.server.requests.append(request)
         fault = self.server.next_fault(request)
-        if fault is not None:
-            time.sleep(fault.seconds)
+        if fault is not None and fault.until is not None:
+            fault.until.wait(timeout=60)
         self.cut = fault is not None and fault.action == "cut"
         self.lost = fault is not None and fault.action == "lost"
         body = self.read_body()

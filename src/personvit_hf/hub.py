@@ -195,7 +195,8 @@ def _with_retries(call: Callable[[], T], repo_id: str) -> T:
             return call()
         except Exception as error:  # the client raises its transport's own errors, wrapped for uploads
             cause, wait = _http_cause(error), next(waits, None)
-            if cause is None:
+            told = isinstance(error, ValueError) and error is not cause  # such as a card that the Hub refuses
+            if cause is None or told:
                 raise
             if wait is None or not _may_pass(cause):
                 raise _explained(cause, repo_id) from error
