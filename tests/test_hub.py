@@ -198,7 +198,7 @@ def run_python(server: HubServer, tmp_path: Path, code: str, *arguments: str) ->
         env={**os.environ, **environment, "HF_HOME": str(tmp_path / "home")},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert process.returncode == 0, process.stderr
 
