@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from personvit_hf import PersonViTConfig, PersonViTForReID, PersonViTImageProcessor, load_reid_dataset
 from personvit_hf.augmentation import ReIDTransform
 from personvit_hf.checkpointing import TrainingProgress, resume, save_checkpoint, save_model
+from personvit_hf.hub import RunPublisher
 from personvit_hf.person_images import BrokenImage, BrokenImageBudget, PersonImages
 from personvit_hf.reid_data import person_labels
 from personvit_hf.sampling import PKSampler
@@ -80,6 +81,11 @@ class FinetuneArguments:
     resume_from: str | None = option(None, "A checkpoint's folder, or `latest`.")
     eval_epochs: int = option(0, "Epochs between two scores on query and gallery; 0 for one at the end.")
     report_to: str | None = option(None, "tensorboard or trackio, beside metrics.jsonl.")
+    push_to_hub: bool = option(
+        False, "Push model, processor, card and code to the Hub: in the background, and at the end."
+    )
+    hub_model_id: str | None = option(None, "Repository on the Hub, owner/name; None for the output folder's name.")
+    hub_private_repo: bool = option(False, "Create the repository as a private one.")
 
 
 class ReIDTrainingImages(Dataset):
@@ -194,6 +200,7 @@ def main() -> None:
     log = MetricsLog(output_dir / "metrics.jsonl", accelerator, progress.step)
     if accelerator.is_main_process:
         (output_dir / "arguments.yaml").write_text(yaml.safe_dump(asdict(args), sort_keys=False))
+    publisher = RunPublisher(accelerator, args)
     if args.report_to:
         accelerator.init_trackers("personvit-finetune")
 
@@ -252,6 +259,7 @@ def main() -> None:
         # after the score, which a resumed run would not repeat
         if args.save_epochs and progress.epoch % args.save_epochs == 0:
             save_checkpoint(accelerator, checkpoints, progress.step, args.keep_checkpoints)
+            publisher.checkpoint(model, processor, progress.step)
 
     bar.close()
     save_model(accelerator, model, processor, output_dir)
@@ -260,6 +268,8 @@ def main() -> None:
         results = {name: result[name] for name in ("mAP", "mINP", "rank1", "rank5", "rank10", "num_valid_queries")}
         (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         print(f"mAP {100 * results['mAP']:.2f}  Rank-1 {100 * results['rank1']:.2f}  ({output_dir / 'results.json'})")
+    if url := publisher.finish():
+        print(f"On the Hub: {url}")
     accelerator.end_training()
 
 

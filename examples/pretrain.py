@@ -29,6 +29,7 @@ from personvit_hf import (
 )
 from personvit_hf.augmentation import MultiCrop, normalize
 from personvit_hf.checkpointing import TrainingProgress, resume, save_checkpoint, save_model
+from personvit_hf.hub import RunPublisher
 from personvit_hf.masking import BlockMasking
 from personvit_hf.person_images import BrokenImage, BrokenImageBudget, PersonImages
 from personvit_hf.sampling import EpochSampler
@@ -105,6 +106,11 @@ class PretrainArguments:
     eval_data: str | None = option(None, "Labelled data set to score the teacher on during training.")
     eval_epochs: int = option(10, "Epochs between two scores.")
     report_to: str | None = option(None, "tensorboard or trackio, beside metrics.jsonl.")
+    push_to_hub: bool = option(
+        False, "Push model, processor, card and code to the Hub: in the background, and at the end."
+    )
+    hub_model_id: str | None = option(None, "Repository on the Hub, owner/name; None for the output folder's name.")
+    hub_private_repo: bool = option(False, "Create the repository as a private one.")
 
 
 class PretrainingCrops(Dataset):
@@ -223,11 +229,13 @@ def main() -> None:
     log = MetricsLog(output_dir / "metrics.jsonl", accelerator, progress.step)
     if accelerator.is_main_process:
         (output_dir / "arguments.yaml").write_text(yaml.safe_dump(asdict(args), sort_keys=False))
+    publisher = RunPublisher(accelerator, args)
     if args.report_to:
         accelerator.init_trackers("personvit-pretrain")
 
     def save() -> None:
         save_checkpoint(accelerator, checkpoints, progress.step, args.keep_checkpoints)
+        publisher.checkpoint(model, processor, progress.step)
 
     budget = BrokenImageBudget(args.max_broken_share)
     bar = tqdm(total=total_steps, initial=progress.step, desc="Pre-training", disable=not accelerator.is_main_process)
@@ -319,6 +327,8 @@ def main() -> None:
 
     bar.close()
     save_model(accelerator, model, processor, output_dir)
+    if url := publisher.finish():
+        print(f"On the Hub: {url}")
     accelerator.end_training()
 
 

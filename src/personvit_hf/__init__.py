@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .configuration_personvit import PersonViTConfig
     from .conversion import convert_checkpoint
     from .embedding import embed_images
+    from .hub import push_to_hub
     from .image_processing_personvit import PersonViTImageProcessor
     from .modeling_personvit import PersonViTForReID, PersonViTModel
     from .modeling_personvit_pretraining import PersonViTForPreTraining
@@ -32,6 +33,7 @@ __all__ = [
     "evaluate_reid",
     "load_person_images",
     "load_reid_dataset",
+    "push_to_hub",
 ]
 
 _MODULE_OF = {
@@ -45,6 +47,7 @@ _MODULE_OF = {
     "evaluate_reid": "reid_retrieval.ranking",
     "load_person_images": "person_images",
     "load_reid_dataset": "reid_data",
+    "push_to_hub": "hub",
 }
 
 

@@ -124,6 +124,19 @@ def export(
     typer.echo(f"{type(loaded).__name__} of {model} written to {output} for {to.value}.")
 
 
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder of a model and its image processor.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO", help="owner/name on the Hub; created if there is none.")],
+    private: Annotated[bool, typer.Option("--private", help="Create it as a private one.")] = False,
+    license: Annotated[str, typer.Option(help="Licence of the weights; other: the training data's terms.")] = "other",
+) -> None:
+    """Publish a model with its image processor, card and code on the Hub, in one commit."""
+    from .hub import push_to_hub
+
+    typer.echo(push_to_hub(folder, repo_id, private=private or None, license=license).commit_url)
+
+
 def main() -> None:
     """Runs the command; what is wrong with its input is told in one line on standard error, and exit code 1."""
     try:

@@ -35,8 +35,8 @@ TIMM_LAYER_NAMES = {
 def check_plain(config: PersonViTConfig, target: str) -> None:
     """Raises a ValueError for models that are no plain ViT, naming what makes the difference."""
     reasons = {
-        "a convolutional stem (`stem='ics'`)": getattr(config, "stem", "patch") != "patch",
-        "part tokens (`num_part_tokens`)": getattr(config, "num_part_tokens", 0) > 0,
+        "a convolutional stem (`stem='ics'`)": config.stem != "patch",
+        "part tokens (`num_part_tokens`)": config.num_part_tokens > 0,
         f"overlapping patches (`patch_stride={config.patch_stride}`)": config.patch_stride
         not in (None, config.patch_size),
     }
