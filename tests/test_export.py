@@ -28,7 +28,6 @@ STATISTICS = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
 FLOAT16_TOLERANCE = 2e-3  # measured: 1e-3 at most on 65 photographs, for embeddings of length 1
 
 NOT_PLAIN = [({"patch_stride": 12}, "patch_stride=12"), ({"stem": "ics"}, "stem"), ({"num_part_tokens": 3}, "part")]
-# the last two when the model has them
 
 every_neck = pytest.mark.parametrize("neck", [None, "before", "after"])
 
