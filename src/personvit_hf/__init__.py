@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .person_images import load_person_images
     from .reid_data import load_reid_dataset
     from .reid_retrieval.ranking import evaluate_reid
+    from .reid_retrieval.reranking import rerank
 
 __all__ = [
     "PersonViTConfig",
@@ -32,6 +33,7 @@ __all__ = [
     "evaluate_reid",
     "load_person_images",
     "load_reid_dataset",
+    "rerank",
 ]
 
 _MODULE_OF = {
@@ -45,6 +47,7 @@ _MODULE_OF = {
     "evaluate_reid": "reid_retrieval.ranking",
     "load_person_images": "person_images",
     "load_reid_dataset": "reid_data",
+    "rerank": "reid_retrieval.reranking",
 }
 
 

@@ -11,9 +11,18 @@ from .counting import match_ranks
 from .distances import pairwise_distances
 from .ids import RetrievalIds
 from .ranking import evaluate_reid
+from .reranking import rerank
 from .scores import QueryScores
 
-__all__ = ["QueryScores", "ReIDRetrieval", "RetrievalIds", "evaluate_reid", "match_ranks", "pairwise_distances"]
+__all__ = [
+    "QueryScores",
+    "ReIDRetrieval",
+    "RetrievalIds",
+    "evaluate_reid",
+    "match_ranks",
+    "pairwise_distances",
+    "rerank",
+]
 
 _DESCRIPTION = "mAP, CMC and mINP of person re-identification under the Market-1501 protocol."
 
