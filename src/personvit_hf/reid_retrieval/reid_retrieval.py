@@ -9,6 +9,7 @@ import numpy as np
 # `evaluate.load` copies the files that this one imports, and no others: all of the folder stand here.
 from .counting import match_ranks
 from .distances import pairwise_distances
+from .expansion import expand_queries
 from .ids import RetrievalIds
 from .ranking import evaluate_reid
 from .reranking import rerank
@@ -19,6 +20,7 @@ __all__ = [
     "ReIDRetrieval",
     "RetrievalIds",
     "evaluate_reid",
+    "expand_queries",
     "match_ranks",
     "pairwise_distances",
     "rerank",

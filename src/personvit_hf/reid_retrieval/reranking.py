@@ -10,8 +10,8 @@ import numpy as np
 
 from .distances import embedding_array, row_norms
 
-# Rows and columns of a block of distances (64 MiB in float32).
-BLOCK_ROWS = 4096
+# Rows and columns of a block of distances (16 MiB in float32; larger ones are slower, being paged in anew each time).
+BLOCK_ROWS = 2048
 # Elements of the arrays that mark or add up whole rows.
 _SCRATCH_ELEMENTS = 2**24
 # Images whose distances give a first bound on how far the nearest neighbours are.
