@@ -5,9 +5,9 @@
 
 Embeddings are drawn: people with looks in common, cameras with a bias, blurred pictures, at the sizes of Market-1501
 (3,368 queries, 15,913 gallery entries, 750 people, 6 cameras) and MSMT17 (11,659, 82,161, 3,060, 15), 384 numbers
-each. Each line is the median of fresh processes; plain and ours take turns. CPU seconds count all threads, and distances;
-extra memory is the peak above what the process held with its embeddings loaded. `--fastreid FOLDER` adds fast-reid's
-Cython ranking from the folder where you built its rank_cylib.
+each. Each line is the median of fresh processes; plain and ours take turns. CPU seconds count all threads, and
+distances; extra memory is the peak above what the process held with its embeddings loaded. `--fastreid FOLDER` adds
+fast-reid's Cython ranking from the folder where you built its rank_cylib.
 """
 
 from __future__ import annotations

@@ -21,19 +21,78 @@ class Runtime(str, Enum):
     torch = "torch"
 
 
+def _numbers(text: str | None, kind: type = float, separator: str = ",") -> list | None:
+    """The numbers of an option such as 0.5,0.5,0.5 or 256x128."""
+    if text is None:
+        return None
+    try:
+        return [kind(part) for part in text.split(separator)]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not {kind.__name__} numbers with {separator!r} between.") from None
+
+
 @app.command()
 def convert(
-    file: Annotated[Path, typer.Argument(help="Official checkpoint, such as a .pth file.")],
-    output: Annotated[Path, typer.Argument(help="Folder that the model and its image processor are written to.")],
+    source: Annotated[Path, typer.Argument(help="Checkpoint: a .pth, .bin or .safetensors file, or a folder.")],
+    output: Annotated[Path, typer.Argument(help="Folder for model and image processor; a file with --to official.")],
+    to: Annotated[
+        str, typer.Option(help="ours, or official: from a folder of ours back to an official file.")
+    ] = "ours",
     target: Annotated[str, typer.Option(help="auto, backbone, pretraining or reid.")] = "auto",
+    kind: Annotated[
+        str, typer.Option(help="auto, or what the file is: pretraining, reid, backbone, timm, transformers.")
+    ] = "auto",
+    num_attention_heads: Annotated[int | None, typer.Option(help="Hidden size / 64 if not given.")] = None,
+    image_size: Annotated[
+        str | None, typer.Option(metavar="HEIGHTxWIDTH", help="Such as 256x128; resizes positions of another grid.")
+    ] = None,
+    patch_stride: Annotated[int | None, typer.Option(help="Pixels between overlapping patches.")] = None,
+    num_cameras: Annotated[int | None, typer.Option(help="Of SIE; told by the file unless it has views.")] = None,
+    num_views: Annotated[int | None, typer.Option(help="Of SIE.")] = None,
+    side_information_scale: Annotated[float | None, typer.Option(help="Factor of SIE: 3.0 if not given.")] = None,
+    layer_norm_eps: Annotated[float | None, typer.Option(help="Told by the kind if not given.")] = None,
+    image_mean: Annotated[str | None, typer.Option(metavar="R,G,B", help="Told by the kind if not given.")] = None,
+    image_std: Annotated[str | None, typer.Option(metavar="R,G,B", help="Told by the kind if not given.")] = None,
 ) -> None:
-    """Convert an official checkpoint to a folder that AutoModel loads."""
-    from .conversion import convert_checkpoint
+    """Convert a checkpoint of PersonViT, iBOT, DINO, TransReID(-SSL), PASS, timm or transformers for AutoModel."""
+    from .conversion import convert_with_report, save_conversion
 
-    model, processor = convert_checkpoint(file, target)
-    model.save_pretrained(output)
-    processor.save_pretrained(output)
-    typer.echo(f"{type(model).__name__} of {file} written to {output}.")
+    overrides = {
+        "num_attention_heads": num_attention_heads,
+        "image_size": _numbers(image_size, int, "x"),
+        "patch_stride": patch_stride,
+        "num_cameras": num_cameras,
+        "num_views": num_views,
+        "side_information_scale": side_information_scale,
+        "layer_norm_eps": layer_norm_eps,
+        "image_mean": _numbers(image_mean),
+        "image_std": _numbers(image_std),
+    }
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    if to == "official":
+        if overrides or (target, kind) != ("auto", "auto"):
+            raise typer.BadParameter("--to official takes no other options: the folder tells all.")
+        _convert_to_official(source, output)
+        return
+    if to != "ours":
+        raise typer.BadParameter(f"--to should be ours or official, got {to!r}.")
+    conversion = convert_with_report(source, target, kind=kind, **overrides)
+    save_conversion(conversion, output)
+    typer.echo(f"{type(conversion.model).__name__} of {source} ({conversion.kind}) written to {output}.")
+    for reason in sorted(set(conversion.left_out.values())):
+        keys = [key for key, value in conversion.left_out.items() if value == reason]
+        shown = ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
+        typer.echo(f"Left out: {shown} ({reason}).")
+    for note in conversion.notes:
+        typer.echo(f"Note: {note}.")
+
+
+def _convert_to_official(folder: Path, file: Path) -> None:
+    from .official_format import load_own_model, save_official_checkpoint
+
+    model = load_own_model(folder)
+    save_official_checkpoint(model, file)
+    typer.echo(f"{type(model).__name__} of {folder} written to {file}.")
 
 
 @app.command()
@@ -65,10 +124,158 @@ def export(
     typer.echo(f"{type(loaded).__name__} of {model} written to {output} for {to.value}.")
 
 
+@app.command()
+def embed(
+    data: Annotated[str, typer.Argument(help="Folder of images, parquet, a Market-1501 tree or a Hub data set.")],
+    model: Annotated[str, typer.Option(help="Checkpoint folder or Hub name.")],
+    out: Annotated[Path, typer.Option(help="Folder for the embeddings; a run that was cut off goes on in it.")],
+    split: Annotated[str | None, typer.Option(help="query, gallery or train of labelled data; keeps ids.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images a forward pass.")] = 64,
+    num_workers: Annotated[int, typer.Option(help="Processes that load images.")] = 2,
+    shard_images: Annotated[int, typer.Option(help="Images a shard.")] = 4096,
+    max_broken_share: Annotated[float, typer.Option(help="Largest share of broken images in a shard.")] = 0.01,
+) -> None:
+    """Embed images into a folder; with `accelerate launch --module personvit_hf.cli embed` on several processes."""
+    from accelerate import PartialState
+    from transformers import AutoImageProcessor
+
+    from .embedding import write_embeddings
+    from .scripting import load_embedding_model
+    from .search import load_gallery_images
+
+    state = PartialState()
+    network = load_embedding_model(model).to(state.device)
+    images = load_gallery_images(data, split)
+    made = write_embeddings(
+        network,
+        AutoImageProcessor.from_pretrained(model),
+        images,
+        out,
+        # absolute, for a search from another folder
+        {"model": _absolute(model), "data": _absolute(data), "split": split},
+        shard_images,
+        state.process_index,
+        state.num_processes,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        max_broken_share=max_broken_share,
+    )
+    state.wait_for_everyone()
+    typer.echo(f"{out}: {made} shards made by process {state.process_index} of {state.num_processes}.")
+
+
+@app.command()
+def evaluate(
+    data: Annotated[str, typer.Argument(help="Labelled data set with query and gallery.")],
+    model: Annotated[str, typer.Option(help="Checkpoint folder or Hub name.")],
+    rerank: Annotated[bool, typer.Option(help="Score k-reciprocal re-ranking (20, 6, 0.3) instead.")] = False,
+    expand: Annotated[int, typer.Option(help="Average each query with so many of its nearest first.")] = 0,
+    remove_camera_bias: Annotated[bool, typer.Option(help="Subtract each camera's mean first.")] = False,
+    bootstrap: Annotated[int, typer.Option(help="Resamples of the identities for 95% intervals.")] = 0,
+    camera_pairs: Annotated[bool, typer.Option(help="Figures for each two cameras, too.")] = False,
+    batch_size: Annotated[int, typer.Option(help="Images a forward pass.")] = 64,
+    num_workers: Annotated[int, typer.Option(help="Processes that load images.")] = 2,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
+) -> None:
+    """Score a model on a labelled benchmark: mAP, mINP and CMC under the Market-1501 protocol."""
+    import json
+
+    from accelerate import PartialState
+    from transformers import AutoImageProcessor
+
+    from .reid_data import load_reid_dataset
+    from .scripting import load_embedding_model, score
+
+    figures = score(
+        load_embedding_model(model).to(PartialState().device),
+        AutoImageProcessor.from_pretrained(model),
+        load_reid_dataset(data),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        reranked=rerank,
+        expand=expand,
+        remove_bias=remove_camera_bias,
+        bootstrap=bootstrap,
+        camera_pairs=camera_pairs,
+    )
+    typer.echo(f"{model} on {data}: {figures['num_valid_queries']} of {figures['num_queries']} queries have a match")
+    _print_figures(figures)
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        plain = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in figures.items()}
+        output.write_text(json.dumps(plain, indent=2) + "\n")
+
+
+def _absolute(name_or_path: str) -> str:
+    return str(Path(name_or_path).resolve()) if Path(name_or_path).exists() else name_or_path
+
+
+def _print_figures(figures: dict) -> None:
+    intervals = figures.get("confidence_intervals", {})
+    for name in ("mAP", "mINP", "rank1", "rank5", "rank10"):
+        interval = "  [{:.2f}, {:.2f}]".format(*(100 * edge for edge in intervals[name])) if name in intervals else ""
+        typer.echo(f"{name:>7} {100 * figures[name]:6.2f}{interval}")
+    for row in figures.get("by_camera_pair", ()):
+        _print_part(f"cameras {row['query_camera']} -> {row['gallery_camera']}", row)
+    for name, rows in figures.get("by_group", {}).items():
+        for row in rows:
+            _print_part(f"{name} {row[name]}", row)
+
+
+def _print_part(title: str, row: dict) -> None:
+    scores = f"mAP {100 * row['mAP']:.2f}, rank1 {100 * row['rank1']:.2f}"
+    typer.echo(f"{title}: {scores}, {row['num_valid_queries']} queries")
+
+
+@app.command()
+def search(
+    gallery: Annotated[Path, typer.Option(help="Folder that `personvit embed` made.")],
+    query: Annotated[list[Path], typer.Option(help="Picture to search for; may be given several times.")],
+    model: Annotated[str | None, typer.Option(help="Checkpoint; default: the one noted in the gallery.")] = None,
+    top: Annotated[int, typer.Option(help="How many to show for each query.")] = 10,
+    index: Annotated[str, typer.Option(help="exact, or faiss's flat, ivfpq or hnsw.")] = "exact",
+    camera: Annotated[list[int] | None, typer.Option(help="Only these cameras.")] = None,
+    not_camera: Annotated[list[int] | None, typer.Option(help="Not these cameras.")] = None,
+    track: Annotated[list[int] | None, typer.Option(help="Only these tracks.")] = None,
+    not_track: Annotated[list[int] | None, typer.Option(help="Not these tracks.")] = None,
+    draw: Annotated[Path | None, typer.Option(help="Picture of the results to write.")] = None,
+) -> None:
+    """Find the gallery images most like a query."""
+    from accelerate import PartialState
+    from transformers import AutoImageProcessor
+
+    from .embedding import embed_images, model_fingerprint, read_embeddings
+    from .scripting import load_embedding_model
+    from .search import ExactIndex, FaissIndex, draw_results
+
+    folder = read_embeddings(gallery)
+    model = model or folder.settings["model"]
+    network, processor = load_embedding_model(model), AutoImageProcessor.from_pretrained(model)
+    folder.require_model(model_fingerprint(network, processor))
+    vectors = embed_images(network.to(PartialState().device), processor, query)
+    searched = ExactIndex(folder.embeddings, folder.columns) if index == "exact" else FaissIndex(folder, index)
+    where = {"camera_id": camera, "track_id": track}
+    exclude = {"camera_id": not_camera, "track_id": not_track}
+    where, exclude = ({name: values for name, values in f.items() if values} for f in (where, exclude))
+    indices, similarities = searched.search(vectors, top, where, exclude)
+    for picture, found, likeness in zip(query, indices, similarities, strict=True):
+        typer.echo(f"{picture}")
+        for rank, (i, similarity) in enumerate(zip(found, likeness, strict=True), start=1):
+            if i >= 0:
+                ids = "".join(f"  {name} {values[i]}" for name, values in folder.columns.items())
+                typer.echo(f"{rank:>4}  {similarity:.4f}  {folder.names[i]}{ids}")
+    if draw:
+        draw_results(query, folder, indices, draw)
+
+
 def main() -> None:
     """Runs the command; what is wrong with its input is told in one line on standard error, and exit code 1."""
     try:
         app()
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
         typer.echo(f"personvit: {error}", err=True)
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
