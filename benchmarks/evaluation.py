@@ -19,8 +19,10 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -155,6 +157,36 @@ def our_options(case: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
     }
 
 
+def searched(kind: str, count: int, num_queries: int = 200, k: int = 10) -> dict[str, float]:
+    """Seconds to build an index of `count` vectors, milliseconds a query, and the share of the true nearest it finds."""
+    from personvit_hf.embedding import EmbeddingFolder
+    from personvit_hf.search import ExactIndex, FaissIndex
+
+    rng = np.random.default_rng(0)
+    people = rng.normal(size=(max(1, count // 20), DIM)).astype(np.float32)
+    vectors = np.empty((count, DIM), np.float32)
+    for start in range(0, count, 2**16):  # in pieces, for the peak of memory
+        part = vectors[start : start + 2**16]
+        part[:] = people[rng.integers(0, len(people), len(part))] + 0.8 * rng.normal(size=part.shape)
+        part /= np.linalg.norm(part, axis=1, keepdims=True)
+    queries = vectors[rng.integers(0, count, num_queries)] + 0.03 * rng.normal(size=(num_queries, DIM))
+    queries = (queries / np.linalg.norm(queries, axis=1, keepdims=True)).astype(np.float32)
+    exact = ExactIndex(vectors, {})
+    with tempfile.TemporaryDirectory() as path:
+        start = time.perf_counter()
+        folder = EmbeddingFolder(Path(path), {"weights": "drawn"}, vectors, np.arange(count), [], {})
+        index = exact if kind == "exact" else FaissIndex(folder, kind)
+        built = time.perf_counter() - start
+    times = []
+    for batch in (1, num_queries):
+        start = time.perf_counter()
+        found = [index.search(queries[i : i + batch], k)[0] for i in range(0, min(num_queries, 20 * batch), batch)]
+        times.append(1000 * (time.perf_counter() - start) / min(num_queries, 20 * batch))
+    nearest = exact.search(queries, k)[0]
+    recall = np.mean([np.isin(a, b).mean() for a, b in zip(found[0], nearest, strict=True)])
+    return {"build_s": built, "ms_alone": times[0], "ms_in_200": times[1], "recall": float(recall)}
+
+
 def measure(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
     """(what it returns, seconds and MiB it took); once in a process, for the peak is the process's own."""
     with open("/proc/self/statm") as file:
@@ -168,6 +200,8 @@ def measure(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
 
 def child(name: str, size: str) -> dict[str, Any]:
     """One measurement, by its name."""
+    if name.startswith("search"):
+        return searched(name.split()[1], int(name.split()[2]))
     case = draw(size)
     if name == "options":
         return our_options(case)
@@ -227,6 +261,8 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", help="ranking, reranking, options, search; default: the first three")
     parser.add_argument("--sizes", nargs="+", default=["market", "msmt17"], choices=["market", "msmt17"])
     parser.add_argument("--repeats", type=int, default=5, help="processes for each line at Market-1501's size")
+    parser.add_argument("--vectors", type=int, default=1_000_000, help="size of the gallery that is searched")
+    parser.add_argument("--indices", nargs="+", default=["exact", "flat", "ivfpq", "hnsw"], help="what to search with")
     parser.add_argument("--fastreid", help="folder with fast-reid's built rank_cy module")
     parser.add_argument(
         "--dense", default="market/2", choices=["market", "market/2"], help="size for dense re-ranking"
@@ -260,6 +296,13 @@ def main() -> None:
         output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
         for name, figures in json.loads(output.splitlines()[-1]).items():
             print(f"| {name} | {figures['mAP']:.4f} | {figures['rank1']:.4f} |")
+    if "search" in parts:
+        print(f"\nSearch in {args.vectors:,} x {DIM}, 2 threads\n")
+        print("| | build s | ms/query, alone | ms/query, 200 at once | recall@10 |\n|---|---|---|---|---|")
+        for kind in args.indices:
+            row = in_turns([f"search {kind} {args.vectors}"], "market", 1, 2, None).popitem()[1]
+            times = f"{row['build_s']:.1f} | {row['ms_alone']:.2f} | {row['ms_in_200']:.2f}"
+            print(f"| {kind} | {times} | {row['recall']:.4f} |", flush=True)
 
 
 if __name__ == "__main__":

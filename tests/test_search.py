@@ -29,6 +29,7 @@ def plain_search(folder, queries, k, kept):
     return np.argsort(-similarities, axis=1, kind="stable")[:, :k]
 
 
+QDRANT = pytest.param("qdrant", marks=pytest.mark.slow)  # its client takes seconds to import
 FILTERS = [({}, {}), ({"camera_id": [1, 3]}, {}), ({}, {"camera_id": [0]}), ({"camera_id": [2]}, {"track_id": [4, 5]})]
 
 
@@ -51,7 +52,7 @@ def make_index(kind, folder):
     return FaissIndex(folder, kind)
 
 
-@pytest.mark.parametrize("kind", ["exact", "flat", "hnsw", "qdrant"])
+@pytest.mark.parametrize("kind", ["exact", "flat", "hnsw", QDRANT])
 @pytest.mark.parametrize(("where", "exclude"), FILTERS)
 def test_indices_agree(kind, where, exclude, tmp_path):
     folder = gallery_folder(tmp_path)
@@ -71,7 +72,7 @@ def test_a_compressed_index_finds_most(tmp_path):
     assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(indices, expected, strict=True)]) > 0.5
 
 
-@pytest.mark.parametrize("kind", ["exact", "flat", "qdrant"])
+@pytest.mark.parametrize("kind", ["exact", "flat", QDRANT])
 def test_fewer_images_than_asked_for(kind, tmp_path):
     folder = gallery_folder(tmp_path)
     rare = int(np.bincount(folder.columns["track_id"]).argmin())
@@ -111,6 +112,7 @@ def test_an_index_is_kept_and_one_of_another_model_is_refused(tmp_path):
         FaissIndex(folder, "flat")
 
 
+@pytest.mark.slow
 def test_a_collection_of_another_model_is_refused(tmp_path):
     client = pytest.importorskip("qdrant_client").QdrantClient(":memory:")
     QdrantIndex(client, "people", gallery_folder(tmp_path))
@@ -120,7 +122,7 @@ def test_a_collection_of_another_model_is_refused(tmp_path):
             QdrantIndex(client, "people", other)
 
 
-@pytest.mark.parametrize("kind", ["exact", "flat", "qdrant"])
+@pytest.mark.parametrize("kind", ["exact", "flat", QDRANT])
 def test_bad_searches(kind, tmp_path):
     index = make_index(kind, gallery_folder(tmp_path))
     queries = unit_rows(np.random.default_rng(0), 2)
