@@ -158,7 +158,7 @@ def our_options(case: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
 
 
 def searched(kind: str, count: int, num_queries: int = 200, k: int = 10) -> dict[str, float]:
-    """Seconds to build an index of `count` vectors, milliseconds a query, and the share of the true nearest it finds."""
+    """Seconds to build an index, milliseconds a query, and the share of the true nearest that it finds."""
     from personvit_hf.embedding import EmbeddingFolder
     from personvit_hf.search import ExactIndex, FaissIndex
 
