@@ -2,6 +2,8 @@
 
     accelerate launch examples/embed.py --model runs/finetune --data photos/ --output features.npz
 
+For galleries that don't fit in one file or one run, there is `personvit embed`.
+
 The file holds `embeddings`, float32 (images, hidden) with rows of length 1, and `names`: paths, or row numbers where
 the images have none. Settings come from flags, from a YAML file (`--config FILE`), or both.
 """
@@ -11,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 from accelerate import PartialState
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoImageProcessor
 
 from personvit_hf import embed_images, load_person_images
-from personvit_hf.scripting import option, parse_arguments, read_config
+from personvit_hf.scripting import load_embedding_model, option, parse_arguments
 
 
 @dataclass
@@ -29,8 +31,7 @@ class EmbedArguments:
 
 def main() -> None:
     args = parse_arguments(EmbedArguments)
-    read_config(args.model)  # an error if it is no model of ours
-    model = AutoModel.from_pretrained(args.model).to(PartialState().device)
+    model = load_embedding_model(args.model).to(PartialState().device)
     processor = AutoImageProcessor.from_pretrained(args.model)
     images = load_person_images(args.data)
     embeddings = embed_images(

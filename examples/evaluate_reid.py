@@ -10,12 +10,11 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoImageProcessor
 
-from personvit_hf import PersonViTForReID, load_reid_dataset
-from personvit_hf.scripting import option, parse_arguments, read_config, score
+from personvit_hf import load_reid_dataset
+from personvit_hf.scripting import load_embedding_model, option, parse_arguments, score
 
 
 @dataclass
@@ -28,16 +27,9 @@ class EvaluationArguments:
     num_workers: int = option(2, "Processes that load images.")
 
 
-def load_model(name: str) -> torch.nn.Module:
-    """A ReID model where the checkpoint is one (its neck decides the embedding), else the backbone."""
-    architectures = read_config(name).architectures or []
-    auto_class = PersonViTForReID if "PersonViTForReID" in architectures else AutoModel
-    return auto_class.from_pretrained(name)
-
-
 def main() -> None:
     args = parse_arguments(EvaluationArguments)
-    model = load_model(args.model).to(PartialState().device)
+    model = load_embedding_model(args.model).to(PartialState().device)
     if args.use_cameras and not model.config.num_cameras:
         raise ValueError(f"`use_cameras`: {args.model} was trained without cameras (`num_cameras` is 0).")
     processor = AutoImageProcessor.from_pretrained(args.model)

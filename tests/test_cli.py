@@ -1,13 +1,21 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
+import torch
 from golden_fixtures import GOLDEN
+from PIL import Image
 from typer.testing import CliRunner
 
+from personvit_hf import PersonViTConfig, PersonViTForReID, PersonViTImageProcessor
 from personvit_hf.cli import app
+from personvit_hf.embedding import read_embeddings
+
+DATA = Path(__file__).parents[1] / "examples" / "data"
 
 PERSONVIT = Path(sys.executable).with_name("personvit")
 
@@ -19,7 +27,8 @@ def personvit(*arguments) -> subprocess.CompletedProcess:
 def test_help_lists_the_commands():
     process = personvit("--help")
     assert process.returncode == 0
-    assert "convert" in process.stdout
+    for command in ("convert", "embed", "evaluate", "search"):
+        assert command in process.stdout
 
 
 def test_wrong_input_is_one_line_without_a_traceback(tmp_path):
@@ -98,3 +107,88 @@ def test_damaged_file_is_one_line_and_leaves_nothing(tmp_path):
     assert process.returncode == 1 and process.stderr.startswith("personvit: ") and "half.pth" in process.stderr
     assert len(process.stderr.splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["half.pth"]
+
+
+# embed, search, evaluate
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 64}
+    PersonViTForReID(PersonViTConfig(**sizes, image_size=[32, 16], patch_size=8, num_labels=4)).save_pretrained(folder)
+    PersonViTImageProcessor(size={"height": 32, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+def test_embed_search_and_draw(checkpoint, tmp_path):
+    settings = ["--model", checkpoint, "--out", tmp_path / "gallery", "--split", "gallery", "--shard-images", 60]
+    process = personvit("embed", DATA, *settings)
+    assert process.returncode == 0, process.stderr
+    assert "3 shards made" in process.stdout
+    assert "0 shards made" in personvit("embed", DATA, *settings).stdout
+    folder = read_embeddings(tmp_path / "gallery")
+
+    rows = datasets.Dataset.from_parquet(str(next(DATA.glob("gallery*.parquet"))))
+    rows = rows.cast_column("image", datasets.Image(decode=False))
+    (tmp_path / "query.jpg").write_bytes(rows[17]["image"]["bytes"])
+    search = ["search", "--gallery", tmp_path / "gallery", "--query", tmp_path / "query.jpg", "--top", 4]
+    process = personvit(*search, "--draw", tmp_path / "found.png")
+    assert process.returncode == 0, process.stderr
+    title, first, *others = process.stdout.splitlines()
+    assert title.endswith("query.jpg") and len(others) == 3
+    assert first.split()[:3] == ["1", "1.0000", folder.names[17]]
+    assert f"camera_id {folder.columns['camera_id'][17]}" in first
+    assert Image.open(tmp_path / "found.png").size[1] > 100
+
+    elsewhere = personvit(*search, "--not-camera", folder.columns["camera_id"][17])
+    assert folder.names[17] not in elsewhere.stdout and len(elsewhere.stdout.splitlines()) == 5
+    assert "no column `track_id`" in personvit(*search, "--track", 1).stderr
+
+
+@pytest.mark.slow
+def test_a_gallery_of_another_model_is_refused(checkpoint, tmp_path):
+    other = tmp_path / "other"
+    model = PersonViTForReID.from_pretrained(checkpoint)
+    torch.nn.init.zeros_(model.personvit.embeddings.cls_token)
+    model.save_pretrained(other)
+    PersonViTImageProcessor(size={"height": 32, "width": 16}).save_pretrained(other)
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (20, 40)).save(tmp_path / "images" / "a.png")
+    personvit("embed", tmp_path / "images", "--model", checkpoint, "--out", tmp_path / "gallery")
+    query = ["--gallery", tmp_path / "gallery", "--query", tmp_path / "images" / "a.png"]
+    assert personvit("search", *query).returncode == 0
+    process = personvit("search", *query, "--model", other)
+    assert process.returncode == 1 and "another model or revision" in process.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_embed_as_one(checkpoint, tmp_path):
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for name, command in (("two", launch), ("one", [sys.executable])):
+        flags = ["--model", checkpoint, "--out", tmp_path / name, "--split", "query", "--shard-images", 20]
+        command = [*command, "-m", "personvit_hf.cli", "embed", DATA, *flags]
+        process = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True)
+        assert process.returncode == 0, process.stderr
+        shares = [line for line in process.stdout.splitlines() if "shards made" in line]
+        assert len(shares) == (2 if name == "two" else 1)
+    one, two = (read_embeddings(tmp_path / name) for name in ("one", "two"))
+    assert (one.embeddings == two.embeddings).all() and one.names == two.names
+
+
+@pytest.mark.slow
+def test_evaluate(checkpoint, tmp_path):
+    process = personvit("evaluate", DATA, "--model", checkpoint, "--bootstrap", 50, "--output", tmp_path / "f.json")
+    assert process.returncode == 0, process.stderr
+    figures = json.loads((tmp_path / "f.json").read_text())
+    low, high = figures["confidence_intervals"]["mAP"]
+    assert low <= figures["mAP"] <= high
+    assert f"mAP {100 * figures['mAP']:6.2f}  [{100 * low:.2f}, {100 * high:.2f}]" in process.stdout
+    assert "occlusion 0: mAP" in process.stdout
+    options = ["--rerank", "--expand", 3, "--remove-camera-bias", "--camera-pairs"]
+    process = personvit("evaluate", DATA, "--model", checkpoint, *options)
+    assert process.returncode == 0, process.stderr
+    assert "cameras 0 -> 1: mAP" in process.stdout
+    assert f"mAP {100 * figures['mAP']:6.2f}" not in process.stdout

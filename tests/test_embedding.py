@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.numpy import save_file
 from torch.testing import assert_close
 
 from personvit_hf import PersonViTConfig, PersonViTForReID, PersonViTImageProcessor, PersonViTModel, embed_images
+from personvit_hf.embedding import model_fingerprint, read_embeddings, write_embeddings
 
 SIZES = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 64}
 CONFIG = PersonViTConfig(**SIZES, image_size=[32, 16], patch_size=8, num_labels=4, drop_path_rate=0.5)
@@ -180,3 +182,98 @@ def test_a_broken_row_is_called_by_its_number(model, paths):
     )
     with pytest.raises(RuntimeError, match=r"row 1 \(b\.jpg\)"):
         embed_images(model, PROCESSOR, rows)
+
+
+@pytest.fixture
+def labelled(paths) -> datasets.Dataset:
+    columns = {"image": [str(path) for path in paths], "person_id": range(7), "camera_id": [0, 1] * 3 + [2]}
+    rows = datasets.Dataset.from_dict({**columns, "extra": list("abcdefg")})
+    return rows.cast_column("image", datasets.Image(decode=False))
+
+
+SOURCE = {"model": "m", "data": "d", "split": None}
+
+
+def test_a_folder_gives_back_what_was_embedded(model, labelled, paths, embeddings, tmp_path):
+    assert write_embeddings(model, PROCESSOR, labelled, tmp_path / "out", SOURCE, shard_images=3) == 3
+    folder = read_embeddings(tmp_path / "out")
+    assert np.array_equal(folder.embeddings, embeddings)
+    assert folder.names == [str(path) for path in paths]
+    assert folder.rows.tolist() == list(range(7))
+    assert {name: values.tolist() for name, values in folder.columns.items()} == {
+        "person_id": list(range(7)),
+        "camera_id": [0, 1, 0, 1, 0, 1, 2],
+    }
+    assert folder.settings["weights"] == model_fingerprint(model, PROCESSOR)
+    assert not list((tmp_path / "out").glob("*.partial"))
+
+
+def test_a_run_goes_on_where_it_was_cut_off(model, labelled, embeddings, tmp_path):
+    write_embeddings(model, PROCESSOR, labelled, tmp_path, SOURCE, shard_images=2)
+    kept = (tmp_path / "shard-00000.safetensors").stat()
+    (tmp_path / "shard-00002.safetensors").unlink()
+    with pytest.raises(ValueError, match="shard-00002.safetensors is missing"):
+        read_embeddings(tmp_path)
+    assert write_embeddings(model, PROCESSOR, labelled, tmp_path, {**SOURCE, "model": "moved"}, shard_images=2) == 1
+    assert np.array_equal(read_embeddings(tmp_path).embeddings, embeddings)
+    assert (tmp_path / "shard-00000.safetensors").stat() == kept
+
+
+def test_processes_share_the_shards(model, labelled, embeddings, tmp_path):
+    parts = [write_embeddings(model, PROCESSOR, labelled, tmp_path, SOURCE, 2, index, 3) for index in range(3)]
+    assert parts == [2, 1, 1]
+    assert np.array_equal(read_embeddings(tmp_path).embeddings, embeddings)
+
+
+def test_another_model_or_data_set_is_refused(model, labelled, tmp_path):
+    write_embeddings(model, PROCESSOR, labelled, tmp_path, SOURCE)
+    torch.manual_seed(1)
+    other = PersonViTModel(CONFIG).eval()
+    with pytest.raises(ValueError, match="another weights"):
+        write_embeddings(other, PROCESSOR, labelled, tmp_path, SOURCE)
+    with pytest.raises(ValueError, match="another data, num_images"):
+        write_embeddings(model, PROCESSOR, labelled.select(range(3)), tmp_path, {**SOURCE, "data": "e"})
+    with pytest.raises(ValueError, match="another model or revision"):
+        read_embeddings(tmp_path).require_model(model_fingerprint(other, PROCESSOR))
+    read_embeddings(tmp_path).require_model(model_fingerprint(model, PROCESSOR))
+    resized = PersonViTImageProcessor(size={"height": 64, "width": 32})
+    assert model_fingerprint(model, resized) != model_fingerprint(model, PROCESSOR)
+
+
+def test_broken_images_are_left_out_of_a_folder(model, paths, embeddings, tmp_path):
+    broken = {"bytes": b"no image", "path": "b.jpg"}
+    rows = datasets.Dataset.from_dict(
+        {"image": [{"bytes": path.read_bytes(), "path": path.name} for path in paths[:3]] + [broken]},
+        datasets.Features({"image": datasets.Image(decode=False)}),
+    )
+    write_embeddings(model, PROCESSOR, rows, tmp_path, SOURCE, max_broken_share=0.5)
+    folder = read_embeddings(tmp_path)
+    assert folder.rows.tolist() == [0, 1, 2]
+    assert np.abs(folder.embeddings - embeddings[:3]).max() < 1e-6
+
+
+def save_rows(folder, embeddings):
+    save_file({"embeddings": embeddings}, folder / "shard-00000.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "embeddings.json").write_text("{"), "embeddings.json"),
+        (lambda folder: (folder / "embeddings.json").write_text('{"format": 1}'), "embeddings.json"),
+        (lambda folder: (folder / "shard-00000.safetensors").write_bytes(b"12345678"), "can't be read"),
+        (lambda folder: (folder / "shard-00000.parquet").write_bytes(b"PAR1"), "can't be read"),
+        (lambda folder: save_rows(folder, np.zeros((2, 32), np.float32)), "fit"),
+        (lambda folder: save_rows(folder, np.full((7, 32), np.nan, np.float32)), "NaN"),
+    ],
+)
+def test_damaged_folders(model, labelled, tmp_path, damage, message):
+    write_embeddings(model, PROCESSOR, labelled, tmp_path, SOURCE)
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        read_embeddings(tmp_path)
+
+
+def test_no_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="embeddings.json"):
+        read_embeddings(tmp_path)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .person_images import load_person_images
     from .reid_data import load_reid_dataset
     from .reid_retrieval.ranking import evaluate_reid
+    from .reid_retrieval.reranking import rerank
 
 __all__ = [
     "PersonViTConfig",
@@ -34,6 +35,7 @@ __all__ = [
     "load_person_images",
     "load_reid_dataset",
     "push_to_hub",
+    "rerank",
 ]
 
 _MODULE_OF = {
@@ -48,6 +50,7 @@ _MODULE_OF = {
     "load_person_images": "person_images",
     "load_reid_dataset": "reid_data",
     "push_to_hub": "hub",
+    "rerank": "reid_retrieval.reranking",
 }
 
 

@@ -137,10 +137,158 @@ def push(
     typer.echo(push_to_hub(folder, repo_id, private=private or None, license=license).commit_url)
 
 
+@app.command()
+def embed(
+    data: Annotated[str, typer.Argument(help="Folder of images, parquet, a Market-1501 tree or a Hub data set.")],
+    model: Annotated[str, typer.Option(help="Checkpoint folder or Hub name.")],
+    out: Annotated[Path, typer.Option(help="Folder for the embeddings; a run that was cut off goes on in it.")],
+    split: Annotated[str | None, typer.Option(help="query, gallery or train of labelled data; keeps ids.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images a forward pass.")] = 64,
+    num_workers: Annotated[int, typer.Option(help="Processes that load images.")] = 2,
+    shard_images: Annotated[int, typer.Option(help="Images a shard.")] = 4096,
+    max_broken_share: Annotated[float, typer.Option(help="Largest share of broken images in a shard.")] = 0.01,
+) -> None:
+    """Embed images into a folder; with `accelerate launch --module personvit_hf.cli embed` on several processes."""
+    from accelerate import PartialState
+    from transformers import AutoImageProcessor
+
+    from .embedding import write_embeddings
+    from .scripting import load_embedding_model
+    from .search import load_gallery_images
+
+    state = PartialState()
+    network = load_embedding_model(model).to(state.device)
+    images = load_gallery_images(data, split)
+    made = write_embeddings(
+        network,
+        AutoImageProcessor.from_pretrained(model),
+        images,
+        out,
+        # absolute, for a search from another folder
+        {"model": _absolute(model), "data": _absolute(data), "split": split},
+        shard_images,
+        state.process_index,
+        state.num_processes,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        max_broken_share=max_broken_share,
+    )
+    state.wait_for_everyone()
+    typer.echo(f"{out}: {made} shards made by process {state.process_index} of {state.num_processes}.")
+
+
+@app.command()
+def evaluate(
+    data: Annotated[str, typer.Argument(help="Labelled data set with query and gallery.")],
+    model: Annotated[str, typer.Option(help="Checkpoint folder or Hub name.")],
+    rerank: Annotated[bool, typer.Option(help="Score k-reciprocal re-ranking (20, 6, 0.3) instead.")] = False,
+    expand: Annotated[int, typer.Option(help="Average each query with so many of its nearest first.")] = 0,
+    remove_camera_bias: Annotated[bool, typer.Option(help="Subtract each camera's mean first.")] = False,
+    bootstrap: Annotated[int, typer.Option(help="Resamples of the identities for 95% intervals.")] = 0,
+    camera_pairs: Annotated[bool, typer.Option(help="Figures for each two cameras, too.")] = False,
+    batch_size: Annotated[int, typer.Option(help="Images a forward pass.")] = 64,
+    num_workers: Annotated[int, typer.Option(help="Processes that load images.")] = 2,
+    output: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
+) -> None:
+    """Score a model on a labelled benchmark: mAP, mINP and CMC under the Market-1501 protocol."""
+    import json
+
+    from accelerate import PartialState
+    from transformers import AutoImageProcessor
+
+    from .reid_data import load_reid_dataset
+    from .scripting import load_embedding_model, score
+
+    figures = score(
+        load_embedding_model(model).to(PartialState().device),
+        AutoImageProcessor.from_pretrained(model),
+        load_reid_dataset(data),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        reranked=rerank,
+        expand=expand,
+        remove_bias=remove_camera_bias,
+        bootstrap=bootstrap,
+        camera_pairs=camera_pairs,
+    )
+    typer.echo(f"{model} on {data}: {figures['num_valid_queries']} of {figures['num_queries']} queries have a match")
+    _print_figures(figures)
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        plain = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in figures.items()}
+        output.write_text(json.dumps(plain, indent=2) + "\n")
+
+
+def _absolute(name_or_path: str) -> str:
+    return str(Path(name_or_path).resolve()) if Path(name_or_path).exists() else name_or_path
+
+
+def _print_figures(figures: dict) -> None:
+    intervals = figures.get("confidence_intervals", {})
+    for name in ("mAP", "mINP", "rank1", "rank5", "rank10"):
+        interval = "  [{:.2f}, {:.2f}]".format(*(100 * edge for edge in intervals[name])) if name in intervals else ""
+        typer.echo(f"{name:>7} {100 * figures[name]:6.2f}{interval}")
+    for row in figures.get("by_camera_pair", ()):
+        _print_part(f"cameras {row['query_camera']} -> {row['gallery_camera']}", row)
+    for name, rows in figures.get("by_group", {}).items():
+        for row in rows:
+            _print_part(f"{name} {row[name]}", row)
+
+
+def _print_part(title: str, row: dict) -> None:
+    scores = f"mAP {100 * row['mAP']:.2f}, rank1 {100 * row['rank1']:.2f}"
+    typer.echo(f"{title}: {scores}, {row['num_valid_queries']} queries")
+
+
+@app.command()
+def search(
+    gallery: Annotated[Path, typer.Option(help="Folder that `personvit embed` made.")],
+    query: Annotated[list[Path], typer.Option(help="Picture to search for; may be given several times.")],
+    model: Annotated[str | None, typer.Option(help="Checkpoint; default: the one noted in the gallery.")] = None,
+    top: Annotated[int, typer.Option(help="How many to show for each query.")] = 10,
+    index: Annotated[str, typer.Option(help="exact, or faiss's flat, ivfpq or hnsw.")] = "exact",
+    camera: Annotated[list[int] | None, typer.Option(help="Only these cameras.")] = None,
+    not_camera: Annotated[list[int] | None, typer.Option(help="Not these cameras.")] = None,
+    track: Annotated[list[int] | None, typer.Option(help="Only these tracks.")] = None,
+    not_track: Annotated[list[int] | None, typer.Option(help="Not these tracks.")] = None,
+    draw: Annotated[Path | None, typer.Option(help="Picture of the results to write.")] = None,
+) -> None:
+    """Find the gallery images most like a query."""
+    from accelerate import PartialState
+    from transformers import AutoImageProcessor
+
+    from .embedding import embed_images, model_fingerprint, read_embeddings
+    from .scripting import load_embedding_model
+    from .search import ExactIndex, FaissIndex, draw_results
+
+    folder = read_embeddings(gallery)
+    model = model or folder.settings["model"]
+    network, processor = load_embedding_model(model), AutoImageProcessor.from_pretrained(model)
+    folder.require_model(model_fingerprint(network, processor))
+    vectors = embed_images(network.to(PartialState().device), processor, query)
+    searched = ExactIndex(folder.embeddings, folder.columns) if index == "exact" else FaissIndex(folder, index)
+    where = {"camera_id": camera, "track_id": track}
+    exclude = {"camera_id": not_camera, "track_id": not_track}
+    where, exclude = ({name: values for name, values in f.items() if values} for f in (where, exclude))
+    indices, similarities = searched.search(vectors, top, where, exclude)
+    for picture, found, likeness in zip(query, indices, similarities, strict=True):
+        typer.echo(f"{picture}")
+        for rank, (i, similarity) in enumerate(zip(found, likeness, strict=True), start=1):
+            if i >= 0:
+                ids = "".join(f"  {name} {values[i]}" for name, values in folder.columns.items())
+                typer.echo(f"{rank:>4}  {similarity:.4f}  {folder.names[i]}{ids}")
+    if draw:
+        draw_results(query, folder, indices, draw)
+
+
 def main() -> None:
     """Runs the command; what is wrong with its input is told in one line on standard error, and exit code 1."""
     try:
         app()
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
         typer.echo(f"personvit: {error}", err=True)
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,19 +1,33 @@
-"""Images in, vectors out: the features that retrieval compares."""
+"""Images in, vectors out: the features that retrieval compares, in memory or in a folder of any size."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
+from pyarrow import ArrowInvalid, Table, concat_tables, parquet
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from .person_images import BrokenImage, BrokenImageBudget, PersonImages, decode_image, split_broken
+
+SHARD_IMAGES = 4096
+_FORMAT = 1
+_SETTINGS_FILE = "embeddings.json"
+# Columns of a labelled data set that travel with the vectors.
+ID_COLUMNS = ("person_id", "camera_id", "track_id")
 
 
 class _ProcessedImages(torch.utils.data.Dataset):
@@ -101,3 +115,195 @@ def embed_images(
     finally:
         model.train(was_training)
     return embeddings
+
+
+@dataclass(frozen=True)
+class EmbeddingFolder:
+    """Embeddings that `write_embeddings` wrote, read back.
+
+    Attributes:
+        path: The folder.
+        settings: What they were made with: model, revision, weights, data, split and sizes.
+        embeddings: float32 (images, dim), rows of length 1.
+        rows: int64 (images,), which row of the data each is; broken images are left out.
+        names: (images,) file names, or row numbers where the images have none.
+        columns: person_id, camera_id, track_id of each image, those that the data have.
+    """
+
+    path: Path
+    settings: dict[str, Any]
+    embeddings: np.ndarray
+    rows: np.ndarray
+    names: list[str]
+    columns: dict[str, np.ndarray]
+
+    @property
+    def weights(self) -> str:
+        """Fingerprint of the model that made them."""
+        return self.settings["weights"]
+
+    def require_model(self, fingerprint: str) -> None:
+        """Raises ValueError if embeddings of a model with this fingerprint can't be compared with these."""
+        if fingerprint != self.weights:
+            raise ValueError(
+                f"{self.path} was made by another model or revision ({self.settings['model']}, {self.weights}) than "
+                f"the queries' ({fingerprint}): their distances mean nothing. Embed the gallery again, or search "
+                "with its own model."
+            )
+
+
+def model_fingerprint(model: PreTrainedModel, processor: BaseImageProcessor) -> str:
+    """What tells whether embeddings can be compared: a hash of a model's weights and its processor's settings.
+
+    Returns:
+        "sha256:" and 64 digits; the same wherever the checkpoint lies and whatever it is called.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    settings = {name: value for name, value in processor.to_dict().items() if not name.startswith("_")}
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def write_embeddings(
+    model: PreTrainedModel,
+    processor: BaseImageProcessor,
+    images: datasets.Dataset,
+    folder: str | os.PathLike,
+    source: dict[str, Any],
+    shard_images: int = SHARD_IMAGES,
+    process_index: int = 0,
+    num_processes: int = 1,
+    **options: Any,
+) -> int:
+    """Embeds a data set into a folder, shard by shard; shards that are there already are not made again.
+
+    A shard is `shard-00000.safetensors` (`embeddings`) and `shard-00000.parquet` (row, name, ids); it is written under
+    another name and renamed when complete, so that a killed run goes on where it stopped.
+
+    Args:
+        model: As in `embed_images`.
+        processor: The model's own image processor.
+        images: Rows with a column `image`; ids in the columns person_id, camera_id and track_id are kept.
+        folder: Where to write.
+        source: What to note beside them: model and data, by the names they were loaded by.
+        shard_images: Images a shard.
+        process_index: This process makes every `num_processes`-th shard, from this one.
+        num_processes: How many processes share the work.
+        options: Go to `embed_images`.
+
+    Returns:
+        The number of shards made now.
+
+    Raises:
+        ValueError: The folder holds embeddings of another model, revision or data set.
+        RuntimeError: As in `embed_images`.
+    """
+    folder = Path(folder)
+    settings = {
+        "format": _FORMAT,
+        "weights": model_fingerprint(model, processor),
+        "revision": getattr(model.config, "_commit_hash", None),
+        **source,
+        "hidden_size": model.config.hidden_size,
+        "num_images": len(images),
+        "shard_images": shard_images,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    settings_file = folder / _SETTINGS_FILE
+    if settings_file.is_file():
+        found = _read_settings(folder)
+        # what the model is called and where it came from may differ: its weights tell
+        decisive = sorted(set(settings) - {"model", "revision"})
+        different = [name for name in decisive if found.get(name) != settings[name]]
+        if different:
+            raise ValueError(
+                f"{folder} holds embeddings with another {', '.join(different)} ({found.get(different[0])}; now "
+                f"{settings[different[0]]}). Choose another folder, or remove this one."
+            )
+    else:
+        with _complete_file(settings_file) as partial:
+            partial.write_text(json.dumps(settings, indent=2) + "\n")
+    made = 0
+    for shard in range(process_index, -(-len(images) // shard_images), num_processes):
+        vectors_file = folder / f"shard-{shard:05d}.safetensors"
+        if vectors_file.is_file():
+            continue
+        rows = range(shard * shard_images, min((shard + 1) * shard_images, len(images)))
+        part = images.select(rows)
+        embeddings = embed_images(model, processor, part, **options)
+        good = np.flatnonzero(~np.isnan(embeddings[:, 0]))
+        table = _describe(part, rows.start)
+        with _complete_file(vectors_file.with_suffix(".parquet")) as partial:
+            parquet.write_table(table.take(good), partial)
+        with _complete_file(vectors_file) as partial:  # last: it says that the shard is complete
+            save_file({"embeddings": embeddings[good]}, partial)
+        made += 1
+    return made
+
+
+def read_embeddings(folder: str | os.PathLike) -> EmbeddingFolder:
+    """Reads what `write_embeddings` wrote.
+
+    Raises:
+        FileNotFoundError: There is no such folder, or it holds no embeddings.
+        ValueError: Shards are missing or don't fit each other.
+    """
+    folder = Path(folder)
+    settings = _read_settings(folder)
+    vectors, tables = [], []
+    for shard in range(-(-settings["num_images"] // settings["shard_images"])):
+        file = folder / f"shard-{shard:05d}.safetensors"
+        if not file.is_file():
+            raise ValueError(f"{folder}: {file.name} is missing; run `personvit embed` again, it goes on from there.")
+        try:
+            vectors.append(load_file(file)["embeddings"])
+            tables.append(parquet.read_table(file.with_suffix(".parquet")))
+        except (SafetensorError, KeyError, OSError, ArrowInvalid) as error:
+            raise ValueError(f"{file}: can't be read ({error}). Remove it and run `personvit embed` again.") from error
+        if vectors[-1].shape != (len(tables[-1]), settings["hidden_size"]) or not {"row", "name"} <= set(
+            tables[-1].column_names
+        ):
+            raise ValueError(f"{file}: doesn't fit its .parquet file or {_SETTINGS_FILE}. Remove it and embed again.")
+    embeddings, table = np.concatenate(vectors), concat_tables(tables)
+    if not np.isfinite(embeddings).all():
+        raise ValueError(f"{folder}: its embeddings hold NaN or infinity. Remove its shards and embed again.")
+    columns = {name: table[name].to_numpy() for name in ID_COLUMNS if name in table.column_names}
+    return EmbeddingFolder(folder, settings, embeddings, table["row"].to_numpy(), table["name"].to_pylist(), columns)
+
+
+def _describe(rows: datasets.Dataset, first: int) -> Table:
+    """Row number, name and ids of some images."""
+    encoded = rows.cast_column("image", datasets.Image(decode=False))
+    names = [(image and image["path"]) or f"row {first + i}" for i, image in enumerate(encoded["image"])]
+    ids = {column: rows[column][:] for column in ID_COLUMNS if column in rows.column_names}
+    return Table.from_pydict({"row": range(first, first + len(rows)), "name": names, **ids})
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    file = folder / _SETTINGS_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder}: no {_SETTINGS_FILE} in it; expected a folder that `personvit embed` made.")
+    try:
+        settings = json.loads(file.read_text())
+        sizes = [settings[name] for name in ("num_images", "shard_images", "hidden_size")]
+        good = settings["format"] == _FORMAT and all(type(size) is int and size > 0 for size in sizes)
+        good = good and isinstance(settings["weights"], str)
+    except (ValueError, KeyError, TypeError):
+        good = False
+    if not good:
+        raise ValueError(f"{file}: not the settings of a folder that `personvit embed` made.")
+    return settings
+
+
+@contextmanager
+def _complete_file(file: Path) -> Iterator[Path]:
+    """A path to write to that becomes `file` once all is written."""
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)

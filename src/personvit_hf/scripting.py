@@ -17,12 +17,15 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
-from transformers import AutoConfig, BaseImageProcessor, HfArgumentParser, PreTrainedModel
+from transformers import AutoConfig, AutoModel, BaseImageProcessor, HfArgumentParser, PreTrainedModel
 
 from .configuration_personvit import PersonViTConfig
 from .embedding import embed_images
+from .modeling_personvit import PersonViTForReID
 from .person_images import split_broken
+from .reid_retrieval.expansion import expand_queries, remove_camera_bias
 from .reid_retrieval.ranking import evaluate_reid
+from .reid_retrieval.reranking import rerank
 
 Arguments = TypeVar("Arguments")
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -217,6 +220,51 @@ def require_finite(step: int, output_dir: str | Path, **losses: float) -> None:
             )
 
 
+def load_embedding_model(name_or_path: str) -> PreTrainedModel:
+    """A ReID model where the checkpoint is one (its neck decides the embedding), else the backbone.
+
+    Raises:
+        FileNotFoundError: As in `read_config`.
+        ValueError: As in `read_config`.
+    """
+    architectures = read_config(name_or_path).architectures or []
+    auto_class = PersonViTForReID if "PersonViTForReID" in architectures else AutoModel
+    return auto_class.from_pretrained(name_or_path).eval()
+
+
+def embed_benchmark(
+    model: PreTrainedModel,
+    processor: BaseImageProcessor,
+    dataset: datasets.DatasetDict,
+    use_cameras: bool = False,
+    batch_size: int = 64,
+    num_workers: int = 0,
+) -> dict[str, np.ndarray]:
+    """Embeds a benchmark's query and gallery.
+
+    Args:
+        model: As in `score`.
+        processor: As in `score`.
+        dataset: As in `score`.
+        use_cameras: As in `score`.
+        batch_size: As in `score`.
+        num_workers: As in `score`.
+
+    Returns:
+        Embeddings, person ids and camera ids by the argument names of `evaluate_reid`.
+    """
+    columns: dict[str, np.ndarray] = {}
+    for split in ("query", "gallery"):
+        rows = dataset[split]
+        cameras = np.array(rows["camera_id"])
+        columns[f"{split}_embeddings"] = embed_images(
+            model, processor, rows, cameras if use_cameras else None, batch_size, num_workers
+        )
+        columns[f"{split}_person_ids"] = np.array(rows["person_id"])
+        columns[f"{split}_camera_ids"] = cameras
+    return columns
+
+
 def score(
     model: PreTrainedModel,
     processor: BaseImageProcessor,
@@ -224,6 +272,10 @@ def score(
     use_cameras: bool = False,
     batch_size: int = 64,
     num_workers: int = 0,
+    reranked: bool = False,
+    expand: int = 0,
+    remove_bias: bool = False,
+    **options: Any,
 ) -> dict[str, Any]:
     """Embeds a benchmark's query and gallery and ranks them.
 
@@ -234,20 +286,34 @@ def score(
         use_cameras: Whether the model is told each image's camera (SIE).
         batch_size: Images a forward pass.
         num_workers: Processes that decode and resize.
+        reranked: Whether to rank by `rerank`'s distances.
+        expand: How many gallery images each query is averaged with first, see `expand_queries`; 0 for none.
+        remove_bias: Whether each camera's mean is taken away first, see `remove_camera_bias`.
+        options: Go to `evaluate_reid`. A column `occlusion` of the queries, labels or hidden shares, becomes one of
+            its `query_groups`.
 
     Returns:
         What `evaluate_reid` returns: mAP, mINP, cmc, rank1 and so on.
     """
-    columns: dict[str, Any] = {}
-    for split in ("query", "gallery"):
-        rows = dataset[split]
-        cameras = np.array(rows["camera_id"])
-        columns[f"{split}_embeddings"] = embed_images(
-            model, processor, rows, cameras if use_cameras else None, batch_size, num_workers
-        )
-        columns[f"{split}_person_ids"] = np.array(rows["person_id"])
-        columns[f"{split}_camera_ids"] = cameras
-    return evaluate_reid(**columns)
+    columns = embed_benchmark(model, processor, dataset, use_cameras, batch_size, num_workers)
+    query, gallery = columns.pop("query_embeddings"), columns.pop("gallery_embeddings")
+    if remove_bias:
+        cameras = np.concatenate([columns["query_camera_ids"], columns["gallery_camera_ids"]])
+        query, gallery = np.split(remove_camera_bias(np.concatenate([query, gallery]), cameras), [len(query)])
+    if expand:
+        query = expand_queries(query, gallery, expand)
+    if "occlusion" in dataset["query"].column_names:
+        options["query_groups"] = {"occlusion": _occlusion_labels(np.array(dataset["query"]["occlusion"]))}
+    if reranked:
+        return evaluate_reid(distances=rerank(query, gallery), **columns, **options)
+    return evaluate_reid(query, gallery, **columns, **options)
+
+
+def _occlusion_labels(values: np.ndarray) -> np.ndarray:
+    """Labels as they are; hidden shares in four groups."""
+    if values.dtype.kind != "f":
+        return values
+    return np.array(["0", "to 0.1", "to 0.3", "over 0.3"])[np.digitize(values, [0, 0.1, 0.3], right=True)]
 
 
 def option(default: Any, text: str) -> Any:

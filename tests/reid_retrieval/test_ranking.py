@@ -13,6 +13,7 @@ from personvit_hf.reid_retrieval import ranking
 from personvit_hf.reid_retrieval.ranking import evaluate_reid, pairwise_distances
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+METRICS = st.sampled_from(["cosine", "euclidean"])
 IDS = {"query_person_ids": [1], "query_camera_ids": [0]}
 
 
@@ -161,20 +162,20 @@ def test_chunks_do_not_change_the_figures(metric, monkeypatch):
 def test_memory_is_bounded_by_the_chunk(monkeypatch):
     monkeypatch.setattr(ranking, "CHUNK_ELEMENTS", 20_000)
     rng = np.random.default_rng(0)
-    query, gallery = (rng.normal(size=(n, 4)).astype(np.float32) for n in (2000, 2000))
-    people = np.arange(2000) % 50 + 1
+    query, gallery = (rng.normal(size=(n, 4)).astype(np.float32) for n in (3000, 3000))
+    people = np.arange(3000) % 300 + 1
     tracemalloc.start()
     evaluate_reid(
         query,
         gallery,
         query_person_ids=people,
         gallery_person_ids=people,
-        query_camera_ids=np.zeros(2000, dtype=int),
-        gallery_camera_ids=np.ones(2000, dtype=int),
+        query_camera_ids=np.zeros(3000, dtype=int),
+        gallery_camera_ids=np.ones(3000, dtype=int),
     )
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 4e6  # the whole float32 matrix alone is 16 MB
+    assert peak < 4e6  # the whole float32 matrix alone is 36 MB
 
 
 def test_distances_by_hand():
@@ -241,6 +242,235 @@ def test_torch_tensors_give_the_same():
     assert evaluate_reid(distances=doubles, **ids)["mAP"] == evaluate_reid(distances=doubles.numpy(), **ids)["mAP"]
 
 
+def clustered(seed, queries=40, gallery=150, people=12, dim=24, noise=0.6):
+    """Embeddings with some order in them, ids with junk and distractors, cameras."""
+    rng = np.random.default_rng(seed)
+    centers = rng.normal(size=(people + 1, dim))
+    case = {}
+    for name, size in (("query", queries), ("gallery", gallery)):
+        ids = rng.integers(-1 if name == "gallery" else 1, people + 1, size)
+        case[f"{name}_embeddings"] = (centers[ids] + noise * rng.normal(size=(size, dim))).astype(np.float32)
+        case[f"{name}_person_ids"] = ids
+        case[f"{name}_camera_ids"] = rng.integers(0, 3, size)
+    return case
+
+
+def with_gallery(case, index):
+    return {name: value[index] if "gallery" in name else value for name, value in case.items()}
+
+
+def plain_scores(case, metric, ties="index"):
+    """The protocol by sorting float64 distances that numpy alone computes."""
+    query, gallery = (case[f"{name}_embeddings"].astype(np.float64) for name in ("query", "gallery"))
+    if metric == "cosine":
+        query, gallery = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (query, gallery))
+        distances = (1 - (query @ gallery.T).astype(np.float32)).astype(np.float32)
+    else:
+        distances = np.square(query[:, None] - gallery[None]).sum(axis=2).astype(np.float32)
+    names = ("query_person_ids", "gallery_person_ids", "query_camera_ids", "gallery_camera_ids")
+    return brute_force(distances, *(case[name] for name in names), 50, ties)
+
+
+@settings(max_examples=30)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    metric=METRICS,
+    ties=st.sampled_from(["index", "pessimistic"]),
+    # so close together that float32 products can't tell who is nearer; or all the same
+    spread=st.sampled_from([1, 1e-3, 1e-5, 0]),
+    chunk_elements=st.sampled_from([300, 10**6]),
+)
+def test_equals_sorting_where_float32_cannot_tell(seed, metric, ties, spread, chunk_elements):
+    case = clustered(seed)
+    for name in ("query_embeddings", "gallery_embeddings"):
+        case[name] = np.float32(1) + np.float32(spread) * case[name]
+    precisions, penalties, curves, valid = plain_scores(case, metric, ties)
+    figures = evaluate_reid(**case, metric=metric, ties=ties, chunk_elements=chunk_elements)
+    assert figures["valid_queries"].tolist() == valid
+    np.testing.assert_allclose(figures["average_precision"], precisions, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(figures["cmc"], np.mean(curves, axis=0), rtol=0, atol=1e-6)
+    assert figures["mINP"] == pytest.approx(np.mean(penalties), abs=1e-6)
+    assert np.minimum(figures["first_match_rank"], 51).tolist() == [51 - int(sum(curve)) for curve in curves]
+
+
+@settings(max_examples=30)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    chunk_elements=st.integers(200, 5000),
+    metric=METRICS,
+)
+def test_gallery_order_and_chunks_change_nothing(seed, chunk_elements, metric):
+    case = clustered(seed)
+    order = np.random.default_rng(seed).permutation(150)
+    figures = evaluate_reid(**case, metric=metric)
+    again = evaluate_reid(**with_gallery(case, order), metric=metric, chunk_elements=chunk_elements)
+    np.testing.assert_array_equal(figures["average_precision"], again["average_precision"])
+    np.testing.assert_array_equal(figures["cmc"], again["cmc"])
+
+
+@settings(max_examples=30)
+@given(seed=st.integers(0, 2**32 - 1), ties=st.sampled_from(["index", "pessimistic"]))
+def test_a_distractor_never_raises_average_precision(seed, ties):
+    case = clustered(seed)
+    rng = np.random.default_rng(seed)
+    more = {
+        **case,
+        "gallery_embeddings": np.concatenate(
+            [case["gallery_embeddings"], case["query_embeddings"][rng.integers(40, size=5)]]
+        ),
+        "gallery_person_ids": np.concatenate([case["gallery_person_ids"], np.zeros(5, int)]),
+        "gallery_camera_ids": np.concatenate([case["gallery_camera_ids"], np.zeros(5, int)]),
+    }
+    before, after = evaluate_reid(**case, ties=ties), evaluate_reid(**more, ties=ties)
+    assert (after["average_precision"] <= before["average_precision"]).all()
+    assert after["mAP"] < before["mAP"]
+
+
+@settings(max_examples=30)
+@given(seed=st.integers(0, 2**32 - 1), metric=METRICS)
+def test_perfect_features_give_one(seed, metric):
+    case = clustered(seed, noise=1e-3)
+    figures = evaluate_reid(**case, metric=metric, bootstrap=20, false_positive_rates=[0.0])
+    assert [figures[name] for name in ("mAP", "mINP", "rank1")] == [1.0, 1.0, 1.0]
+    assert figures["confidence_intervals"]["mAP"] == (1.0, 1.0)
+    assert figures["true_positive_rates"].tolist() == [1.0]
+
+
+def test_memory_maps_and_tensors_and_types_agree(tmp_path):
+    case = clustered(1)
+    expected = evaluate_reid(**case)["average_precision"]
+    for convert in (torch.from_numpy, lambda x: x.astype(np.float64), np.asfortranarray, np.ndarray.tolist):
+        changed = {name: convert(value) if "embeddings" in name else value for name, value in case.items()}
+        np.testing.assert_array_equal(evaluate_reid(**changed)["average_precision"], expected)
+    for name in ("query_embeddings", "gallery_embeddings"):
+        np.save(tmp_path / f"{name}.npy", case[name])
+        case[name] = np.load(tmp_path / f"{name}.npy", mmap_mode="r")
+    np.testing.assert_array_equal(evaluate_reid(**case)["average_precision"], expected)
+    np.save(
+        tmp_path / "distances.npy", pairwise_distances(case.pop("query_embeddings"), case.pop("gallery_embeddings"))
+    )
+    distances = np.load(tmp_path / "distances.npy", mmap_mode="r")
+    np.testing.assert_array_equal(evaluate_reid(distances=distances, **case)["average_precision"], expected)
+
+
+@pytest.mark.gpu
+def test_cuda_tensors_agree():
+    case = clustered(1)
+    on_gpu = {name: torch.from_numpy(value).cuda() for name, value in case.items()}
+    for metric in ("cosine", "euclidean"):
+        expected = evaluate_reid(**case, metric=metric)["average_precision"]
+        np.testing.assert_array_equal(evaluate_reid(**on_gpu, metric=metric)["average_precision"], expected)
+
+
+def test_ids_as_strings():
+    case = clustered(2)
+    expected = evaluate_reid(**case)
+    texts = {-1: "-1", 0: "0000"}
+    named = dict(case)
+    for side in ("query", "gallery"):
+        named[f"{side}_person_ids"] = [texts.get(i, f"person {i}") for i in case[f"{side}_person_ids"].tolist()]
+        named[f"{side}_camera_ids"] = [f"c{i}" for i in case[f"{side}_camera_ids"]]
+    figures = evaluate_reid(**named, camera_pairs=True)
+    np.testing.assert_array_equal(figures["average_precision"], expected["average_precision"])
+    assert figures["by_camera_pair"][0]["query_camera"] == "c0"
+    assert evaluate_reid(  # compared as written: "07" is nobody else than "07"
+        distances=[[1.0, 0.0]], query_person_ids=["07"], gallery_person_ids=["07", "7"], protocol="any_camera"
+    )["mAP"] == pytest.approx(0.5)
+
+
+def test_any_camera_keeps_the_own_camera_and_reports_duplicates(caplog):
+    case = {**GOOD, "gallery_camera_ids": [0, 0, 0], "gallery_embeddings": np.array([[1.0, 0], [0.1, 1], [1, 1]])}
+    with pytest.raises(ValueError, match="None of the 2 queries"):
+        evaluate_reid(**case)
+    figures = evaluate_reid(**case, protocol="any_camera")
+    assert figures["rank1"] == 1.0
+    assert "1 queries have a true match with the very same embedding" in caplog.text
+    del case["query_camera_ids"], case["gallery_camera_ids"]
+    assert evaluate_reid(**case, protocol="any_camera")["mAP"] == figures["mAP"]
+
+
+def test_zero_embeddings_are_at_one_from_everything():
+    figures = evaluate_reid(
+        np.zeros((1, 2)),
+        np.array([[1.0, 0], [0, 1], [0, 0]]),
+        gallery_person_ids=[2, 1, 2],
+        gallery_camera_ids=[1] * 3,
+        **IDS,
+    )
+    assert figures["mAP"] == pytest.approx(1 / 2)  # all three are tied, the match is the second
+
+
+def test_one_identity():
+    figures = evaluate_reid(
+        np.eye(2), np.eye(2), query_person_ids=[1, 1], gallery_person_ids=[1, 1], protocol="any_camera"
+    )
+    assert figures["mAP"] == 1.0
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_false_positive_rates(given):
+    case = clustered(3)
+    distances = pairwise_distances(case["query_embeddings"], case["gallery_embeddings"])
+    right = case["query_person_ids"][:, None] == case["gallery_person_ids"]
+    same_camera = case["query_camera_ids"][:, None] == case["gallery_camera_ids"]
+    matches = np.sort(distances[right & ~same_camera])
+    others = np.sort(distances[~right & (case["gallery_person_ids"] != -1)])
+    rates = [0.0, 1e-3, 0.01, 0.1, 1.0]
+    expected = [  # the threshold is just below the first wrong pair too many
+        (matches < others[int(rate * others.size)]).mean() if rate < 1 else 1.0 for rate in rates
+    ]
+    if given:
+        case = {name: value for name, value in case.items() if "embeddings" not in name} | {"distances": distances}
+    found = evaluate_reid(**case, false_positive_rates=rates)["true_positive_rates"]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1.1 / matches.size)  # a pair within a step of the range
+
+
+def test_bootstrap_draws_identities():
+    case = clustered(4, queries=200, gallery=400, noise=2.0)
+    figures = evaluate_reid(**case, bootstrap=2000)
+    low, high = figures["confidence_intervals"]["mAP"]
+    assert low < figures["mAP"] < high
+    people = case["query_person_ids"][figures["valid_queries"]]
+    sums = {person: figures["average_precision"][people == person] for person in np.unique(people)}
+    rng = np.random.default_rng(9)
+    means = [
+        np.concatenate([sums[person] for person in rng.choice(list(sums), len(sums))]).mean() for _ in range(2000)
+    ]
+    assert (low, high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=0.1 * (high - low))
+    assert figures["confidence_intervals"] == evaluate_reid(**case, bootstrap=2000)["confidence_intervals"]
+    narrow = evaluate_reid(**case, bootstrap=2000, confidence=0.5)["confidence_intervals"]["mAP"]
+    assert low < narrow[0] < narrow[1] < high
+
+
+def test_groups_of_queries():
+    case = clustered(5)
+    labels = np.where(np.arange(40) % 3 == 0, "occluded", "visible")
+    figures = evaluate_reid(**case, query_groups={"occlusion": labels})
+    valid = labels[figures["valid_queries"]]
+    for row in figures["by_group"]["occlusion"]:
+        members = valid == row["occlusion"]
+        assert row["num_valid_queries"] == members.sum()
+        assert row["mAP"] == pytest.approx(figures["average_precision"][members].mean())
+        assert row["rank5"] == pytest.approx((figures["first_match_rank"][members] <= 5).mean())
+    assert [row["occlusion"] for row in figures["by_group"]["occlusion"]] == ["occluded", "visible"]
+
+
+@pytest.mark.parametrize("protocol", ["cross_camera", "any_camera"])
+def test_camera_pairs_are_evaluations_of_their_own(protocol):
+    case = clustered(6)
+    rows = evaluate_reid(**case, protocol=protocol, camera_pairs=True)["by_camera_pair"]
+    assert len(rows) == (6 if protocol == "cross_camera" else 9)
+    for row in rows:
+        part = {
+            name: value[case[f"{side}_camera_ids"] == row[f"{side}_camera"]]
+            for name, value in case.items()
+            for side in [name.split("_")[0]]
+        }
+        alone = evaluate_reid(**part, protocol=protocol)
+        assert row["num_valid_queries"] == alone["num_valid_queries"]
+        assert [row[name] for name in ("mAP", "mINP", "rank1")] == [alone[name] for name in ("mAP", "mINP", "rank1")]
+
+
 GOOD = {
     "query_embeddings": np.eye(2),
     "gallery_embeddings": np.eye(3, 2),
@@ -265,11 +495,25 @@ NAN = np.array([[1.0, 0.0], [np.nan, 0.0]])
         ({"query_embeddings": [[1.0], [1.0, 2.0]]}, "query_embeddings.*regular"),
         ({"query_embeddings": None}, "Give `query_embeddings`"),
         ({"distances": np.zeros((2, 3))}, "not both"),
-        ({"query_person_ids": [1.0, 2.0]}, "query_person_ids.*integers.*float64"),
+        ({"query_person_ids": [1.0, 2.0]}, "query_person_ids.*integers or strings.*float64"),
+        ({"query_person_ids": None}, "query_person_ids.*missing"),
+        ({"query_person_ids": ["a", "b"]}, "person_ids.*both.*got strings and integers"),
+        ({"query_person_ids": ["a", "-2"], "gallery_person_ids": ["a", "b", "c"]}, "query_person_ids.*-1.*got -2"),
+        ({"query_person_ids": np.array(["a", 1], object)}, "query_person_ids.*mixes"),
         ({"gallery_person_ids": [1, 2, -2]}, "gallery_person_ids.*at least -1.*got -2"),
         ({"query_person_ids": []}, "query_person_ids.*non-empty"),
         ({"query_camera_ids": [0]}, "query_camera_ids.*2 entries.*got 1"),
-        ({"gallery_camera_ids": ["a", "b", "c"]}, "gallery_camera_ids.*integers"),
+        ({"gallery_camera_ids": ["a", "b", "c"]}, "gallery_camera_ids.*integers and strings"),
+        ({"query_camera_ids": None, "gallery_camera_ids": None}, "missing.*protocol=.any_camera"),
+        ({"query_camera_ids": None}, "query_camera_ids.*missing"),
+        ({"gallery_embeddings": np.empty((0, 2)), "gallery_person_ids": []}, "gallery_person_ids.*non-empty"),
+        ({"protocol": "cuhk03"}, "protocol.*cuhk03"),
+        ({"chunk_elements": 0}, "chunk_elements.*0"),
+        ({"bootstrap": -1}, "bootstrap.*-1"),
+        ({"bootstrap": 10, "query_person_ids": [1, 9]}, "bootstrap.*at least 2"),
+        ({"bootstrap": 10, "confidence": 1.0}, "confidence.*1.0"),
+        ({"false_positive_rates": [1.5]}, "false_positive_rates.*1.5"),
+        ({"query_groups": {"occlusion": [1]}}, "occlusion.*2 entries"),
         ({"metric": "manhattan"}, "metric.*manhattan"),
         ({"ties": "random"}, "ties.*random"),
         ({"max_rank": 0}, "max_rank.*0"),

@@ -1,0 +1,309 @@
+"""Times scoring, re-ranking and search, each beside the plain way of doing it, in processes of their own.
+
+    python benchmarks/evaluation.py ranking reranking options --repeats 5
+    python benchmarks/evaluation.py search
+
+Embeddings are drawn: people with looks in common, cameras with a bias, blurred pictures, at the sizes of Market-1501
+(3,368 queries, 15,913 gallery entries, 750 people, 6 cameras) and MSMT17 (11,659, 82,161, 3,060, 15), 384 numbers
+each. Each line is the median of fresh processes; plain and ours take turns. CPU seconds count all threads, and
+distances; extra memory is the peak above what the process held with its embeddings loaded. `--fastreid FOLDER` adds
+fast-reid's Cython ranking from the folder where you built its rank_cylib.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SIZES = {
+    "market": (3_368, 15_913, 750, 6),
+    "market/2": (1_684, 7_956, 375, 6),
+    "msmt17": (11_659, 82_161, 3_060, 15),
+}
+DIM = 384
+# The plain ranking keeps whole matrices; at this size only every n-th query goes through it, its cost being linear.
+EVERY = {"market": 1, "msmt17": 8}
+
+
+def draw(size: str, seed: int = 0) -> dict[str, np.ndarray]:
+    """Unit embeddings and ids by the argument names of `evaluate_reid`."""
+    queries, gallery, people, cameras = SIZES[size]
+    rng = np.random.default_rng(seed)
+    looks = rng.normal(size=(people // 20, DIM)).astype(np.float32)
+    persons = looks[rng.integers(0, len(looks), people + 1)] + rng.normal(size=(people + 1, DIM)).astype(np.float32)
+    biases = 0.5 * rng.normal(size=(cameras, DIM)).astype(np.float32)
+    case: dict[str, np.ndarray] = {}
+    for name, count in (("query", queries), ("gallery", gallery)):
+        ids, where = rng.integers(1, people + 1, count), rng.integers(0, cameras, count)
+        noise = rng.gamma(4, 0.45, size=(count, 1)).astype(np.float32)  # some pictures show little of the person
+        rows = persons[ids] + biases[where] + noise * rng.normal(size=(count, DIM)).astype(np.float32)
+        case[f"{name}_embeddings"] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        case[f"{name}_person_ids"], case[f"{name}_camera_ids"] = ids, where
+    return case
+
+
+def plain_ranking(case: dict[str, np.ndarray], every: int) -> dict[str, float]:
+    """All distances, all of them sorted, then one query at a time: what ReID toolboxes do."""
+    part = {name: values[::every] if name.startswith("query") else values for name, values in case.items()}
+    distances = 1 - part["query_embeddings"] @ part["gallery_embeddings"].T
+    order = np.argsort(distances, axis=1)
+    right = (part["gallery_person_ids"][order] == part["query_person_ids"][:, None]).astype(np.int32)
+    precisions, first_hits = [], []
+    for query, camera in enumerate(part["query_camera_ids"]):
+        ignored = (right[query] == 1) & (part["gallery_camera_ids"][order[query]] == camera)
+        hits = right[query][~ignored]
+        if hits.any():
+            found = hits.cumsum()
+            precisions.append((found / np.arange(1, hits.size + 1) * hits).sum() / hits.sum())
+            first_hits.append(hits[0])
+    return {"mAP": float(np.mean(precisions)), "rank1": float(np.mean(first_hits))}
+
+
+def cython_ranking(case: dict[str, np.ndarray], every: int) -> dict[str, float]:
+    """fast-reid's compiled ranking, built by the caller."""
+    import rank_cy  # from --fastreid
+
+    part = {name: values[::every] if name.startswith("query") else values for name, values in case.items()}
+    distances = 1 - part["query_embeddings"] @ part["gallery_embeddings"].T
+    ids = [part[f"{side}_{kind}_ids"] for kind in ("person", "camera") for side in ("query", "gallery")]
+    cmc, precisions, _ = rank_cy.evaluate_cy(distances, *ids, 50)
+    return {"mAP": float(np.mean(precisions)), "rank1": float(cmc[0])}
+
+
+def our_ranking(case: dict[str, np.ndarray], every: int = 1, **options: Any) -> dict[str, float]:
+    """`evaluate_reid`."""
+    from personvit_hf.reid_retrieval.ranking import evaluate_reid
+
+    part = {name: values[::every] if name.startswith("query") else values for name, values in case.items()}
+    figures = evaluate_reid(**part, **options)
+    return {name: figures[name] for name in ("mAP", "rank1")}
+
+
+def plain_reranking(case: dict[str, np.ndarray], k1: int, k2: int, lambda_value: float) -> np.ndarray:
+    """k-reciprocal re-ranking with arrays of images x images, as it is published."""
+    query, gallery = case["query_embeddings"], case["gallery_embeddings"]
+    images = np.concatenate([query, gallery])
+    count, num_queries = len(images), len(query)
+    squares = np.square(images).sum(axis=1)
+    distances = squares[:, None] + squares - 2 * images @ images.T
+    distances /= distances.max(axis=1, keepdims=True)
+    order = np.argsort(distances).astype(np.int32)
+
+    def mutual(image: int, k: int) -> np.ndarray:
+        forward = order[image, : k + 1]
+        return forward[(order[forward, : k + 1] == image).any(axis=1)]
+
+    codes = np.zeros_like(distances)
+    for image in range(count):
+        own = expanded = mutual(image, k1)
+        for candidate in own:
+            theirs = mutual(candidate, round(k1 / 2))
+            if len(np.intersect1d(theirs, own)) > 2 / 3 * len(theirs):
+                expanded = np.append(expanded, theirs)
+        expanded = np.unique(expanded)
+        weights = np.exp(-distances[image, expanded])
+        codes[image, expanded] = weights / weights.sum()
+    distances = distances[:num_queries]
+    if k2 > 1:
+        codes = np.stack([codes[order[image, :k2]].mean(axis=0) for image in range(count)])
+    holders = [np.flatnonzero(codes[:, image]) for image in range(count)]
+    jaccard = np.zeros_like(distances)
+    for image in range(num_queries):
+        shared = np.zeros(count, np.float32)
+        for neighbour in np.flatnonzero(codes[image]):
+            others = holders[neighbour]
+            shared[others] += np.minimum(codes[image, neighbour], codes[others, neighbour])
+        jaccard[image] = 1 - shared / (2 - shared)
+    return (jaccard * (1 - lambda_value) + distances * lambda_value)[:, num_queries:]
+
+
+def reranked_figures(case: dict[str, np.ndarray], distances: np.ndarray) -> dict[str, float]:
+    """Scores of re-ranked distances."""
+    ids = {name: values for name, values in case.items() if "embeddings" not in name}
+    return our_ranking({**ids, "distances": distances})
+
+
+def our_options(case: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    """Scores of each change to embeddings or distances."""
+    from personvit_hf import rerank
+    from personvit_hf.reid_retrieval.expansion import expand_queries, remove_camera_bias
+
+    query, gallery = case["query_embeddings"], case["gallery_embeddings"]
+    cameras = np.concatenate([case["query_camera_ids"], case["gallery_camera_ids"]])
+    unbiased = np.split(remove_camera_bias(np.concatenate([query, gallery]), cameras), [len(query)])
+    expanded = {alpha: expand_queries(query, gallery, k=5, alpha=alpha) for alpha in (0, 3)}
+    return {
+        "as they are": our_ranking(case),
+        "AQE (k=5)": our_ranking({**case, "query_embeddings": expanded[0]}),
+        "alpha-QE (k=5, alpha=3)": our_ranking({**case, "query_embeddings": expanded[3]}),
+        "without camera bias": our_ranking(
+            {**case, "query_embeddings": unbiased[0], "gallery_embeddings": unbiased[1]}
+        ),
+        "re-ranked (20, 6, 0.3)": reranked_figures(case, rerank(query, gallery)),
+        "re-ranked (50, 15, 0.3)": reranked_figures(case, rerank(query, gallery, 50, 15)),
+        "without camera bias, re-ranked (20, 6, 0.3)": reranked_figures(case, rerank(*unbiased)),
+    }
+
+
+def searched(kind: str, count: int, num_queries: int = 200, k: int = 10) -> dict[str, float]:
+    """Seconds to build an index, milliseconds a query, and the share of the true nearest that it finds."""
+    from personvit_hf.embedding import EmbeddingFolder
+    from personvit_hf.search import ExactIndex, FaissIndex
+
+    rng = np.random.default_rng(0)
+    people = rng.normal(size=(max(1, count // 20), DIM)).astype(np.float32)
+    vectors = np.empty((count, DIM), np.float32)
+    for start in range(0, count, 2**16):  # in pieces, for the peak of memory
+        part = vectors[start : start + 2**16]
+        part[:] = people[rng.integers(0, len(people), len(part))] + 0.8 * rng.normal(size=part.shape)
+        part /= np.linalg.norm(part, axis=1, keepdims=True)
+    queries = vectors[rng.integers(0, count, num_queries)] + 0.03 * rng.normal(size=(num_queries, DIM))
+    queries = (queries / np.linalg.norm(queries, axis=1, keepdims=True)).astype(np.float32)
+    exact = ExactIndex(vectors, {})
+    with tempfile.TemporaryDirectory() as path:
+        start = time.perf_counter()
+        folder = EmbeddingFolder(Path(path), {"weights": "drawn"}, vectors, np.arange(count), [], {})
+        index = exact if kind == "exact" else FaissIndex(folder, kind)
+        built = time.perf_counter() - start
+    times = []
+    for batch in (1, num_queries):
+        start = time.perf_counter()
+        found = [index.search(queries[i : i + batch], k)[0] for i in range(0, min(num_queries, 20 * batch), batch)]
+        times.append(1000 * (time.perf_counter() - start) / min(num_queries, 20 * batch))
+    nearest = exact.search(queries, k)[0]
+    recall = np.mean([np.isin(a, b).mean() for a, b in zip(found[0], nearest, strict=True)])
+    return {"build_s": built, "ms_alone": times[0], "ms_in_200": times[1], "recall": float(recall)}
+
+
+def measure(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
+    """(what it returns, seconds and MiB it took); once in a process, for the peak is the process's own."""
+    with open("/proc/self/statm") as file:
+        held = int(file.read().split()[1]) * resource.getpagesize() / 2**20
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = work()
+    taken = {"cpu_s": time.process_time() - cpu, "wall_s": time.perf_counter() - wall}
+    taken["extra_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - held
+    return result, taken
+
+
+def child(name: str, size: str) -> dict[str, Any]:
+    """One measurement, by its name."""
+    if name.startswith("search"):
+        return searched(name.split()[1], int(name.split()[2]))
+    case = draw(size)
+    if name == "options":
+        return our_options(case)
+    if name.startswith("reranking"):
+        kind, *settings = name.split()[1:]
+        k1, k2, lambda_value = int(settings[0]), int(settings[1]), float(settings[2])
+        if kind == "plain":
+            distances, taken = measure(lambda: plain_reranking(case, k1, k2, lambda_value))
+        else:
+            from personvit_hf import rerank
+
+            query, gallery = case["query_embeddings"], case["gallery_embeddings"]
+            distances, taken = measure(lambda: rerank(query, gallery, k1, k2, lambda_value))
+        return {**taken, **reranked_figures(case, distances)}
+    ranking = {"plain": plain_ranking, "cython": cython_ranking, "ours": our_ranking}[name.split()[1]]
+    every = int(name.split()[2])
+    our_ranking(draw("market/2"), 16)  # imports and threads are warm
+    figures, taken = measure(lambda: ranking(case, every))
+    return {**taken, **figures}
+
+
+def in_turns(names: list[str], size: str, repeats: int, threads: int, path: str | None) -> dict[str, dict[str, float]]:
+    """Medians of `repeats` fresh processes for each name, one after the other in turn."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
+    if path:
+        environment["PYTHONPATH"] = os.pathsep.join([path, environment.get("PYTHONPATH", "")])
+    results: dict[str, list[dict]] = {name: [] for name in names}
+    for _ in range(repeats):
+        for name in names:
+            command = [sys.executable, __file__, "--child", name, "--size", size]
+            process = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+            results[name].append(json.loads(process.stdout.splitlines()[-1]))
+    return {
+        name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in results.items()
+    }
+
+
+def report(title: str, rows: dict[str, dict[str, float]], scale: dict[str, int] | None = None) -> None:
+    """Prints a table and how many times less ours takes; times are multiplied by `scale`."""
+    print(f"\n{title}\n\n| | CPU s | wall s | extra MiB | mAP | Rank-1 |\n|---|---|---|---|---|---|")
+    times = {
+        name: {key: row[key] * (scale or {}).get(name, 1) for key in ("cpu_s", "wall_s")} for name, row in rows.items()
+    }
+    for name, row in rows.items():
+        figures = f"{row['extra_mib']:.0f} | {row['mAP']:.6f} | {row['rank1']:.6f}"
+        print(f"| {name} | {times[name]['cpu_s']:.2f} | {times[name]['wall_s']:.2f} | {figures} |")
+    ours = next(name for name in rows if "ours" in name)
+    for name in rows:
+        if name != ours:
+            ratios = [times[name][key] / times[ours][key] for key in ("cpu_s", "wall_s")]
+            print(f"{name} / {ours}: {ratios[0]:.1f} in CPU time, {ratios[1]:.1f} in wall time")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help="ranking, reranking, options, search; default: the first three")
+    parser.add_argument("--sizes", nargs="+", default=["market", "msmt17"], choices=["market", "msmt17"])
+    parser.add_argument("--repeats", type=int, default=5, help="processes for each line at Market-1501's size")
+    parser.add_argument("--vectors", type=int, default=1_000_000, help="size of the gallery that is searched")
+    parser.add_argument("--indices", nargs="+", default=["exact", "flat", "ivfpq", "hnsw"], help="what to search with")
+    parser.add_argument("--fastreid", help="folder with fast-reid's built rank_cy module")
+    parser.add_argument(
+        "--dense", default="market/2", choices=["market", "market/2"], help="size for dense re-ranking"
+    )
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--size", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        print(json.dumps(child(args.child, args.size)))
+        return
+    parts = args.parts or ["ranking", "reranking", "options"]
+    for size in args.sizes if "ranking" in parts else []:
+        repeats, every = args.repeats if size == "market" else 1, EVERY[size]
+        kinds = ["plain", *(["cython"] if args.fastreid else [])]
+        names = [f"ranking {kind} {every}" for kind in kinds] + ["ranking ours 1"]
+        rows = in_turns(names, size, repeats, 1, args.fastreid)
+        title = f"Ranking, size of {size}, 1 thread, median of {repeats}"
+        if every > 1:
+            title += f"; the others ran every {every}th query, and only their times are multiplied by {every}"
+        report(title, rows, {name: every for name in names[:-1]})
+    for settings in ("20 6 0.3", "50 15 0.3") if "reranking" in parts else ():
+        rows = in_turns([f"reranking {kind} {settings}" for kind in ("plain", "ours")], args.dense, 1, 2, None)
+        report(f"Re-ranking, size of {args.dense}, 2 threads", rows)
+        for size in args.sizes:
+            report(
+                f"Re-ranking, size of {size}, 2 threads", in_turns([f"reranking ours {settings}"], size, 1, 2, None)
+            )
+    if "options" in parts:
+        print("\nOptions, size of market\n\n| | mAP | Rank-1 |\n|---|---|---|")
+        command = [sys.executable, __file__, "--child", "options", "--size", "market"]
+        output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        for name, figures in json.loads(output.splitlines()[-1]).items():
+            print(f"| {name} | {figures['mAP']:.4f} | {figures['rank1']:.4f} |")
+    if "search" in parts:
+        print(f"\nSearch in {args.vectors:,} x {DIM}, 2 threads\n")
+        print("| | build s | ms/query, alone | ms/query, 200 at once | recall@10 |\n|---|---|---|---|---|")
+        for kind in args.indices:
+            row = in_turns([f"search {kind} {args.vectors}"], "market", 1, 2, None).popitem()[1]
+            times = f"{row['build_s']:.1f} | {row['ms_alone']:.2f} | {row['ms_in_200']:.2f}"
+            print(f"| {kind} | {times} | {row['recall']:.4f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,298 @@
+"""A ranked gallery: embeddings from a folder, and the images most like a query, exactly or by an index.
+
+`ExactIndex`, `FaissIndex` and `QdrantIndex` answer the same call, `search(queries, k, where, exclude)`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+
+from .embedding import EmbeddingFolder
+from .person_images import decode_image, load_person_images
+from .reid_data import SPLITS, load_reid_dataset
+from .visualization import draw_rankings
+
+Filter = Mapping[str, Sequence[Any]]
+
+FAISS_KINDS = {"flat": "Flat", "ivfpq": "IVF{cells},PQ{parts}", "hnsw": "HNSW32"}
+_BLOCK_ELEMENTS = 2**24
+_QDRANT_BATCH = 1024
+
+
+@dataclass(frozen=True)
+class ExactIndex:
+    """All similarities, by matrix products in blocks; nothing to build.
+
+    Attributes:
+        embeddings: float32 (gallery, dim), rows of length 1.
+        columns: What is known of each gallery image, by name; filters name these columns.
+    """
+
+    embeddings: np.ndarray
+    columns: Mapping[str, np.ndarray]
+
+    def search(
+        self, queries: np.ndarray, k: int, where: Filter | None = None, exclude: Filter | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The gallery images most similar to each query.
+
+        Args:
+            queries: float32 (queries, dim), rows of length 1.
+            k: How many for each.
+            where: {column: values}; only images with one of the values, in each column named.
+            exclude: {column: values}; no image with one of the values.
+
+        Returns:
+            int64 (queries, k) gallery indices, most similar first, equal ones by index, -1 where there are no more;
+            and float32 (queries, k) cosine similarities, NaN there.
+
+        Raises:
+            ValueError: A filter names a column that there is not, the widths differ, or k is below 1.
+        """
+        _check_queries(queries, self.embeddings.shape[1], k)
+        kept = _matching(self.columns, len(self.embeddings), where, exclude)
+        if kept is None:
+            kept, gallery = np.arange(len(self.embeddings)), self.embeddings
+        else:
+            gallery = self.embeddings[kept]
+        indices = np.full((len(queries), k), -1, np.int64)
+        similarities = np.full((len(queries), k), np.nan, np.float32)
+        count = min(k, len(kept))
+        step = max(1, _BLOCK_ELEMENTS // max(1, len(kept)))
+        for start in range(0, len(queries) if count else 0, step):
+            block = queries[start : start + step] @ gallery.T
+            nearest = np.argpartition(block, -count, axis=1)[:, -count:]
+            nearest.sort(axis=1)
+            values = np.take_along_axis(block, nearest, axis=1)
+            order = np.argsort(-values, axis=1, kind="stable")
+            indices[start : start + step, :count] = kept[np.take_along_axis(nearest, order, axis=1)]
+            similarities[start : start + step, :count] = np.take_along_axis(values, order, axis=1)
+        return indices, similarities
+
+
+class FaissIndex:
+    """An index of faiss, held by `datasets`: "flat" (exact), "ivfpq" (compressed) or "hnsw" (a graph).
+
+    Args:
+        folder: The embeddings it is for. It is read from there if it was built before, else built and written there.
+        kind: One of the three.
+
+    Raises:
+        ImportError: faiss is not installed (`pip install personvit-hf[search]`).
+        ValueError: There is no such kind, or the folder's index is of other embeddings.
+    """
+
+    def __init__(self, folder: EmbeddingFolder, kind: str):
+        if kind not in FAISS_KINDS:
+            raise ValueError(f"`kind` must be one of {', '.join(FAISS_KINDS)}, got {kind!r}.")
+        _require("faiss", "search")
+        import faiss
+
+        self.columns = folder.columns
+        self.size, self.width = folder.embeddings.shape
+        # One column, so that `datasets` has as many rows as the index; the vectors stay in the index.
+        self.rows = datasets.Dataset.from_dict({"row": np.arange(self.size)})
+        file, stamp_file = folder.path / f"index-{kind}.faiss", folder.path / f"index-{kind}.json"
+        stamp = {"weights": folder.weights, "num_images": self.size, "width": self.width, "kind": kind}
+        if file.is_file():
+            found = json.loads(stamp_file.read_text()) if stamp_file.is_file() else None
+            if found != stamp:
+                raise ValueError(
+                    f"{file} is an index of other embeddings ({found}; expected {stamp}). Remove it to build it anew."
+                )
+            self.rows.load_faiss_index("vectors", str(file))
+        else:
+            cells = int(2 ** np.round(np.log2(max(1, 2 * np.sqrt(self.size)))))
+            parts = next(parts for parts in (48, 32, 16, 8, 4, 2, 1) if self.width % parts == 0)
+            self.rows.add_faiss_index_from_external_arrays(
+                folder.embeddings,
+                "vectors",
+                string_factory=FAISS_KINDS[kind].format(cells=cells, parts=parts),
+                metric_type=faiss.METRIC_INNER_PRODUCT,
+                train_size=min(self.size, 64 * cells) if kind == "ivfpq" else None,
+            )
+            self.rows.save_faiss_index("vectors", str(file))
+            stamp_file.write_text(json.dumps(stamp))
+        index = self.rows.get_index("vectors").faiss_index
+        if kind == "ivfpq":
+            index.nprobe = 32
+        if kind == "hnsw":
+            index.hnsw.efSearch = 128
+
+    def search(
+        self, queries: np.ndarray, k: int, where: Filter | None = None, exclude: Filter | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As `ExactIndex.search`; but for "flat" some of the nearest may be missed and similarities are rough."""
+        _check_queries(queries, self.width, k)
+        kept = _matching(self.columns, self.size, where, exclude)
+        wanted = min(k, self.size if kept is None else len(kept))
+        fetched = wanted
+        while True:
+            result = self.rows.search_batch("vectors", queries, k=max(1, fetched))
+            similarities, indices = (np.asarray(part) for part in (result.total_scores, result.total_indices))
+            good = indices >= 0 if kept is None else np.isin(indices, kept)
+            if fetched >= self.size or (good.sum(axis=1) >= wanted).all():
+                break
+            fetched = min(self.size, 4 * fetched)  # the filter left too few: look farther
+        found = np.full((len(queries), k), -1, np.int64), np.full((len(queries), k), np.nan, np.float32)
+        for row, mask in enumerate(good):
+            count = min(wanted, int(mask.sum()))
+            found[0][row, :count] = indices[row][mask][:count]
+            found[1][row, :count] = similarities[row][mask][:count]
+        return found
+
+
+class QdrantIndex:
+    """A collection of a Qdrant server, for galleries beyond one machine.
+
+    Args:
+        client: `qdrant_client.QdrantClient`, such as `QdrantClient(url=...)`; `QdrantClient(":memory:")` for tests.
+        name: The collection. It is filled from `folder` if it doesn't exist.
+        folder: The embeddings.
+
+    Raises:
+        ImportError: qdrant-client is not installed (`pip install personvit-hf[qdrant]`).
+        ValueError: The collection holds embeddings of another model, or another number of images.
+    """
+
+    def __init__(self, client: Any, name: str, folder: EmbeddingFolder):
+        _require("qdrant_client", "qdrant")
+        from qdrant_client import models
+
+        self.client, self.name, self.width = client, name, folder.embeddings.shape[1]
+        self.columns = folder.columns
+        if not client.collection_exists(name):
+            params = models.VectorParams(size=self.width, distance=models.Distance.COSINE)
+            client.create_collection(name, vectors_config=params)
+            size = len(folder.embeddings)
+            for start in range(0, size, _QDRANT_BATCH):
+                ids = range(start, min(start + _QDRANT_BATCH, size))
+                payloads = [
+                    {
+                        **{column: values[i].item() for column, values in self.columns.items()},
+                        "weights": folder.weights,
+                    }
+                    for i in ids
+                ]
+                vectors = folder.embeddings[ids.start : ids.stop].tolist()
+                client.upsert(name, models.Batch(ids=list(ids), vectors=vectors, payloads=payloads))
+        count = client.count(name).count
+        same = models.Filter(
+            must=[models.FieldCondition(key="weights", match=models.MatchValue(value=folder.weights))]
+        )
+        if count != len(folder.embeddings) or client.count(name, count_filter=same).count != count:
+            raise ValueError(
+                f"Collection {name!r} holds {count} images, some of them of another model than {folder.path} with "
+                f"{len(folder.embeddings)}. Choose another name, or delete the collection."
+            )
+
+    def search(
+        self, queries: np.ndarray, k: int, where: Filter | None = None, exclude: Filter | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As `ExactIndex.search`; approximate as the server is set up."""
+        from qdrant_client import models
+
+        _check_queries(queries, self.width, k)
+
+        def conditions(wanted: Filter | None) -> list:
+            for column in wanted or {}:
+                _require_column(self.columns, column)
+            return [
+                models.FieldCondition(key=column, match=models.MatchAny(any=list(values)))
+                for column, values in (wanted or {}).items()
+            ]
+
+        query_filter = models.Filter(must=conditions(where), must_not=conditions(exclude))
+        requests = [models.QueryRequest(query=query.tolist(), limit=k, filter=query_filter) for query in queries]
+        found = np.full((len(queries), k), -1, np.int64), np.full((len(queries), k), np.nan, np.float32)
+        for row, response in enumerate(self.client.query_batch_points(self.name, requests)):
+            for column, point in enumerate(response.points):
+                found[0][row, column], found[1][row, column] = point.id, point.score
+        return found
+
+
+def load_gallery_images(data: str, split: str | None) -> datasets.Dataset:
+    """The images of a gallery: a split of a labelled data set, with its ids, or unlabelled images.
+
+    Raises:
+        FileNotFoundError: As in `load_reid_dataset` and `load_person_images`.
+        ValueError: As there, or if there is no such split.
+    """
+    if split is None:
+        return load_person_images(data)
+    if split not in SPLITS:
+        raise ValueError(f"`split` must be one of {', '.join(SPLITS)}, got {split!r}.")
+    return load_reid_dataset(data)[split].cast_column("image", datasets.Image(decode=False))
+
+
+def draw_results(queries: Sequence[Path], folder: EmbeddingFolder, indices: np.ndarray, file: Path) -> None:
+    """Draws what `search` found, a row for each query, and writes the picture.
+
+    Args:
+        queries: Files of the queries.
+        folder: The gallery; its images are read again from the data it was made of.
+        indices: int64 (queries, k) as `search` returns them; a column that is not found for all is left out.
+        file: Picture to write; its ending says of which kind.
+
+    Raises:
+        FileNotFoundError: The gallery's data are no longer there.
+        ValueError: Nothing was found, an image is broken, or the data have changed.
+    """
+    rankings = indices[:, (indices >= 0).all(axis=0)]
+    if not rankings.size:
+        raise ValueError("Nothing to draw: no gallery image is left for some query.")
+    images = load_gallery_images(folder.settings["data"], folder.settings["split"])
+    if len(images) != folder.settings["num_images"]:
+        raise ValueError(
+            f"{folder.settings['data']} has {len(images)} images now, {folder.settings['num_images']} when it was "
+            "embedded: embed it again."
+        )
+    shown, places = np.unique(rankings, return_inverse=True)
+    pictures = [decode_image(images[int(folder.rows[i])]["image"], folder.names[i]) for i in shown]
+    # Whether they are right is not known here: all in the neutral colour.
+    outcomes = np.full(rankings.shape, -1)
+    picture = draw_rankings(
+        [decode_image(query, str(query)) for query in queries], pictures, places.reshape(rankings.shape), outcomes
+    )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(file)
+
+
+def _check_queries(queries: np.ndarray, width: int, k: int) -> None:
+    if k < 1:
+        raise ValueError(f"`k` must be at least 1, got {k}.")
+    if queries.ndim != 2 or queries.shape[1] != width:
+        raise ValueError(f"`queries` must be (queries, {width}), as wide as the gallery's, got {queries.shape}.")
+
+
+def _matching(
+    columns: Mapping[str, np.ndarray], size: int, where: Filter | None, exclude: Filter | None
+) -> np.ndarray | None:
+    """Indices of the gallery images that the filters leave, or None for all of them."""
+    if not where and not exclude:
+        return None
+    kept = np.ones(size, bool)
+    for wanted, filters in ((True, where), (False, exclude)):
+        for column, values in (filters or {}).items():
+            _require_column(columns, column)
+            kept &= np.isin(columns[column], list(values)) == wanted
+    return np.flatnonzero(kept)
+
+
+def _require_column(columns: Mapping[str, np.ndarray], column: str) -> None:
+    if column not in columns:
+        raise ValueError(f"The gallery has no column `{column}` to filter by; it has {', '.join(columns) or 'none'}.")
+
+
+def _require(module: str, extra: str) -> None:
+    try:
+        __import__(module)
+    except ImportError as error:
+        raise ImportError(f"{module} is not installed: pip install 'personvit-hf[{extra}]'.") from error

@@ -1,0 +1,159 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from personvit_hf.embedding import EmbeddingFolder
+from personvit_hf.search import ExactIndex, FaissIndex, QdrantIndex, draw_results, load_gallery_images
+
+
+def unit_rows(rng, count, dim=16):
+    rows = rng.normal(size=(count, dim)).astype(np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def gallery_folder(path, seed=0, size=300, weights="sha256:1") -> EmbeddingFolder:
+    rng = np.random.default_rng(seed)
+    columns = {"camera_id": rng.integers(0, 4, size), "track_id": rng.integers(0, 30, size)}
+    settings = {"weights": weights, "model": "m", "data": "d", "split": None, "num_images": size}
+    names = [f"row {i}" for i in range(size)]
+    return EmbeddingFolder(path, settings, unit_rows(rng, size), np.arange(size), names, columns)
+
+
+def plain_search(folder, queries, k, kept):
+    similarities = queries.astype(np.float64) @ folder.embeddings.T
+    similarities[:, ~kept] = -np.inf
+    return np.argsort(-similarities, axis=1, kind="stable")[:, :k]
+
+
+QDRANT = pytest.param("qdrant", marks=pytest.mark.slow)  # its client takes seconds to import
+FILTERS = [({}, {}), ({"camera_id": [1, 3]}, {}), ({}, {"camera_id": [0]}), ({"camera_id": [2]}, {"track_id": [4, 5]})]
+
+
+def kept_by(folder, where, exclude):
+    kept = np.ones(len(folder.embeddings), bool)
+    for column, values in where.items():
+        kept &= np.isin(folder.columns[column], values)
+    for column, values in exclude.items():
+        kept &= ~np.isin(folder.columns[column], values)
+    return kept
+
+
+def make_index(kind, folder):
+    if kind == "exact":
+        return ExactIndex(folder.embeddings, folder.columns)
+    if kind == "qdrant":
+        qdrant_client = pytest.importorskip("qdrant_client")
+        return QdrantIndex(qdrant_client.QdrantClient(":memory:"), "people", folder)
+    pytest.importorskip("faiss")
+    return FaissIndex(folder, kind)
+
+
+@pytest.mark.parametrize("kind", ["exact", "flat", "hnsw", QDRANT])
+@pytest.mark.parametrize(("where", "exclude"), FILTERS)
+def test_indices_agree(kind, where, exclude, tmp_path):
+    folder = gallery_folder(tmp_path)
+    queries = unit_rows(np.random.default_rng(1), 5)
+    indices, similarities = make_index(kind, folder).search(queries, 7, where, exclude)
+    expected = plain_search(folder, queries, 7, kept_by(folder, where, exclude))
+    np.testing.assert_array_equal(indices, expected)
+    found = np.einsum("qkd,qd->qk", folder.embeddings[expected], queries)
+    np.testing.assert_allclose(similarities, found, rtol=0, atol=1e-5)
+
+
+def test_a_compressed_index_finds_most(tmp_path):
+    folder = gallery_folder(tmp_path, size=4000)
+    queries = folder.embeddings[:50]
+    indices, _ = make_index("ivfpq", folder).search(queries, 10)
+    expected = plain_search(folder, queries, 10, np.ones(4000, bool))
+    assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(indices, expected, strict=True)]) > 0.5
+
+
+@pytest.mark.parametrize("kind", ["exact", "flat", QDRANT])
+def test_fewer_images_than_asked_for(kind, tmp_path):
+    folder = gallery_folder(tmp_path)
+    rare = int(np.bincount(folder.columns["track_id"]).argmin())
+    count = int((folder.columns["track_id"] == rare).sum())
+    index = make_index(kind, folder)
+    indices, similarities = index.search(folder.embeddings[:2], count + 3, {"track_id": [rare]})
+    assert (indices >= 0).sum(axis=1).tolist() == [count, count]
+    assert (indices[:, count:] == -1).all() and np.isnan(similarities[:, count:]).all()
+    indices, _ = index.search(folder.embeddings[:2], 2, {"track_id": [99]})
+    assert (indices == -1).all()
+
+
+@given(seed=st.integers(0, 2**32 - 1), size=st.integers(1, 60), k=st.integers(1, 70))
+def test_exact_search_is_sorting(seed, size, k):
+    rng = np.random.default_rng(seed)
+    gallery = unit_rows(rng, size, 3)[rng.integers(0, size, size)]  # with duplicates: ties go by index
+    indices, _ = ExactIndex(gallery, {}).search(unit_rows(rng, 4, 3), k)
+    assert indices.shape == (4, k)
+    for row in indices:
+        assert (np.sort(row[: min(k, size)])[:size] >= 0).all()
+        assert len(set(row[row >= 0].tolist())) == min(k, size)
+
+
+def test_an_index_is_kept_and_one_of_another_model_is_refused(tmp_path):
+    pytest.importorskip("faiss")
+    folder = gallery_folder(tmp_path)
+    queries = folder.embeddings[:3]
+    built = FaissIndex(folder, "flat").search(queries, 5)
+    time = (tmp_path / "index-flat.faiss").stat().st_mtime_ns
+    again = FaissIndex(folder, "flat").search(queries, 5)
+    assert (tmp_path / "index-flat.faiss").stat().st_mtime_ns == time
+    np.testing.assert_array_equal(built, again)
+    with pytest.raises(ValueError, match="index of other embeddings"):
+        FaissIndex(gallery_folder(tmp_path, weights="sha256:2"), "flat")
+    (tmp_path / "index-flat.json").unlink()
+    with pytest.raises(ValueError, match="index of other embeddings"):
+        FaissIndex(folder, "flat")
+
+
+@pytest.mark.slow
+def test_a_collection_of_another_model_is_refused(tmp_path):
+    client = pytest.importorskip("qdrant_client").QdrantClient(":memory:")
+    QdrantIndex(client, "people", gallery_folder(tmp_path))
+    QdrantIndex(client, "people", gallery_folder(tmp_path))
+    for other in (gallery_folder(tmp_path, weights="sha256:2"), gallery_folder(tmp_path, size=200)):
+        with pytest.raises(ValueError, match="people.*another model"):
+            QdrantIndex(client, "people", other)
+
+
+@pytest.mark.parametrize("kind", ["exact", "flat", QDRANT])
+def test_bad_searches(kind, tmp_path):
+    index = make_index(kind, gallery_folder(tmp_path))
+    queries = unit_rows(np.random.default_rng(0), 2)
+    with pytest.raises(ValueError, match="no column `person_id`.*camera_id, track_id"):
+        index.search(queries, 3, {"person_id": [1]})
+    with pytest.raises(ValueError, match="at least 1"):
+        index.search(queries, 0)
+    with pytest.raises(ValueError, match=r"\(queries, 16\)"):
+        index.search(queries[:, :8], 3)
+
+
+def test_unknown_kinds_and_splits(tmp_path):
+    with pytest.raises(ValueError, match="flat, ivfpq, hnsw"):
+        FaissIndex(gallery_folder(tmp_path), "lsh")
+    with pytest.raises(ValueError, match="train, query, gallery"):
+        load_gallery_images(str(tmp_path), "test")
+
+
+def test_drawing(tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    files = [tmp_path / "images" / f"{i}.png" for i in range(4)]
+    for file in files:
+        Image.fromarray(rng.integers(0, 256, (30, 15, 3), dtype=np.uint8)).save(file)
+    settings = {"weights": "w", "data": str(tmp_path / "images"), "split": None, "num_images": 4}
+    folder = EmbeddingFolder(tmp_path, settings, unit_rows(rng, 3), np.array([0, 2, 3]), ["0", "2", "3"], {})
+    indices = np.array([[2, 0, -1], [1, 2, 0]])
+    draw_results(files[:2], folder, indices, tmp_path / "drawn" / "out.png")
+    assert Image.open(tmp_path / "drawn" / "out.png").size[0] < 5 * 78
+    with pytest.raises(ValueError, match="Nothing to draw"):
+        draw_results(files[:1], folder, np.array([[-1, -1]]), tmp_path / "out.png")
+    Path(files[3]).unlink()
+    with pytest.raises(ValueError, match="3 images now, 4"):
+        draw_results(files[:2], folder, indices, tmp_path / "out.png")
