@@ -14,6 +14,7 @@ import tarfile
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 # Largest file read, in bytes. A person crop has some 10,000.
 MAX_FILE_BYTES = 2**26
@@ -71,7 +72,7 @@ class FileTree:
         return f"{self.kind}://{name}::{self.path}"
 
     def _skip(self, name: str, reason: str) -> None:
-        printable = name.encode("utf-8", "backslashreplace").decode()
+        printable = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
         self.skipped.setdefault(reason, []).append(printable)
 
     def _unreadable(self, name: str, reason: str, error: object = "") -> UnreadableFile:
@@ -257,10 +258,7 @@ class LmdbTree(FileTree):
         except ImportError as error:
             raise ImportError(f"{path}: an LMDB needs the package lmdb: pip install 'personvit-hf[lmdb]'.") from error
         try:
-            self._lmdb = lmdb.open(
-                str(path), subdir=path.is_dir(), readonly=True, lock=False, readahead=False, meminit=False
-            )
-            with self._lmdb.begin() as transaction, transaction.cursor() as cursor:
+            with self._open() as database, database.begin() as transaction, transaction.cursor() as cursor:
                 keys = [bytes(key) for key in cursor.iternext(keys=True, values=False)]
         except lmdb.Error as error:
             raise ValueError(f"{path}: no LMDB that can be read ({error}). Fetch it again.") from error
@@ -275,13 +273,21 @@ class LmdbTree(FileTree):
 
     def read(self, name: str) -> bytes:
         """As in `FileTree`."""
-        with self._lmdb.begin(buffers=True) as transaction:
+        with self._open() as database, database.begin(buffers=True) as transaction:
             content = transaction.get(name.encode())
             if content is None:
                 raise self._unreadable(name, "missing")
             if len(content) > MAX_FILE_BYTES:
                 raise self._unreadable(name, "file too large", f"{len(content)} bytes")
             return bytes(content)
+
+    def _open(self) -> Any:
+        """Opened for each use: LMDB refuses to open a file twice in a process or its forks, and mapping is cheap."""
+        import lmdb
+
+        return lmdb.open(
+            str(self.path), subdir=self.path.is_dir(), readonly=True, lock=False, readahead=False, meminit=False
+        )
 
 
 def open_tree(path: str | os.PathLike) -> FileTree:
@@ -309,7 +315,9 @@ def open_tree(path: str | os.PathLike) -> FileTree:
 
 def is_lmdb(path: Path) -> bool:
     """Whether `path` is an LMDB by its names."""
-    return (path / "data.mdb").is_file() or (path.is_file() and path.suffix.lower() in (".mdb", ".lmdb"))
+    return (path / "data.mdb").is_file() or (
+        path.is_file() and path.suffix.lower() in (".mdb", ".lmdb") and path.name != "lock.mdb"
+    )
 
 
 def read_address(address: str | os.PathLike) -> bytes:
