@@ -31,6 +31,10 @@ def _numbers(text: str | None, kind: type = float, separator: str = ",") -> list
         raise typer.BadParameter(f"{text!r} is not {kind.__name__} numbers with {separator!r} between.") from None
 
 
+data_app = typer.Typer(no_args_is_help=True, help="Get data sets ready.")
+app.add_typer(data_app, name="data")
+
+
 @app.command()
 def convert(
     source: Annotated[Path, typer.Argument(help="Checkpoint: a .pth, .bin or .safetensors file, or a folder.")],
@@ -279,6 +283,27 @@ def search(
                 typer.echo(f"{rank:>4}  {similarity:.4f}  {folder.names[i]}{ids}")
     if draw:
         draw_results(query, folder, indices, draw)
+
+
+@data_app.callback()
+def _data() -> None:
+    """Keeps `prepare` a subcommand while it is the only one (typer would make it the group)."""
+
+
+@data_app.command()
+def prepare(
+    source: Annotated[
+        str, typer.Argument(help="Name of a benchmark or luperson (with --root), or folder or archive.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the parquet files; a run that was cut off goes on in it.")],
+    root: Annotated[Path | None, typer.Option(help="Where the benchmark's folder or archive is.")] = None,
+    shard_images: Annotated[int, typer.Option(help="Images a parquet file.")] = 10_000,
+) -> None:
+    """Turn a folder or archive into parquet files that load_dataset reads, and report what became of each file."""
+    from .preparing import prepare_dataset
+
+    report = prepare_dataset(source, out, root, shard_images=shard_images, progress=sys.stderr.isatty())
+    typer.echo(f"{out}: {report}")
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,17 @@ import datasets
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from .file_trees import (
+    ARCHIVE_SUFFIXES,
+    FileTree,
+    TarTree,
+    UnreadableFile,
+    is_lmdb,
+    open_tree,
+    read_address,
+    walk_files,
+)
+
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
@@ -23,10 +35,11 @@ IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 # 100 MB once decoded. A person crop has some 30,000; a file that claims more than this is an attack or a mistake.
 MAX_IMAGE_PIXELS = 2**25
 
+_LUPERSON_NAMES = ("luperson", "lup")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def load_person_images(name_or_path: str | os.PathLike) -> datasets.Dataset:
+def load_person_images(name_or_path: str | os.PathLike, root: str | os.PathLike | None = None) -> datasets.Dataset:
     """Unlabelled person images as rows of undecoded files.
 
     Args:
@@ -35,35 +48,113 @@ def load_person_images(name_or_path: str | os.PathLike) -> datasets.Dataset:
               other kinds are ignored; links to files and folders are followed, each folder once;
             - a folder with parquet files, or a Hub data set "owner/name", with a column `image`: its config
               "unlabelled" if its README defines one, else its default config; always the split `train`;
-            - one parquet file.
+            - one parquet file;
+            - a .zip or .tar archive of images, or a folder of such archives;
+            - an LMDB of encoded images by key, or a folder with one (needs the package lmdb);
+            - "luperson": LUPerson in any of these forms, at `root`.
+            Archives and LMDBs are read where they are, for each image anew. A compressed tar (.tar.gz) can only be
+            read from the front: `personvit data prepare` does it, once.
+        root: Where LUPerson is: the folder, archive or LMDB itself, or a folder that holds it under its usual name
+            (luperson, LUP, lup).
 
     Returns:
         `datasets.Dataset` with the single column image, `datasets.Image(decode=False)`: rows are dicts of bytes
-        (or None) and path. `PersonImages` decodes them.
+        (or None) and path. `PersonImages` decodes them; the path of a member of an archive is
+        "zip://<member>::<archive>", which `decode_image` reads, too.
 
     Raises:
         FileNotFoundError: There is no such path or Hub data set.
         ValueError: Nothing usable is in it; the message names the path.
+
+    Warns:
+        UserWarning: Members of an archive are passed over (links, unsafe names, cut off); it counts and names them.
     """
-    source = resolve_source(name_or_path)
+    source = resolve_source(luperson_path(name_or_path, root) if root is not None else name_or_path)
     if isinstance(source, str):
         rows = load_rows(source, config="unlabelled", split="train")
-    elif source.is_file():
-        if source.suffix.lower() != ".parquet":
-            raise ValueError(f"{source}: expected a folder of images, a folder of parquet files or a .parquet file.")
+    elif source.is_file() and source.suffix.lower() == ".parquet":
         rows = load_rows("parquet", split="train", data_files=str(source))
+    elif source.is_dir() and any(file.endswith(".parquet") for file in walk_files(source)):
+        rows = load_rows(str(source), config="unlabelled", split="train")
     else:
-        files = list(walk_files(source))
-        if any(file.endswith(".parquet") for file in files):
-            rows = load_rows(str(source), config="unlabelled", split="train")
-        else:
-            paths = sorted(file for file in files if file.lower().endswith(IMAGE_SUFFIXES))
-            rows = datasets.Dataset.from_dict({"image": paths}, datasets.Features({"image": datasets.Value("string")}))
+        addresses = []
+        for tree in image_trees(source):
+            if isinstance(tree, TarTree) and tree.is_compressed:
+                raise ValueError(
+                    f"{tree.path}: a compressed tar can't be read out of order; turn it into parquet with "
+                    "`personvit data prepare`, or unpack it to a plain .tar."
+                )
+            if tree.kind != "folder":
+                warn_of_skipped(tree)
+            addresses += [tree.address(name) for name in image_names(tree)]
+        rows = datasets.Dataset.from_dict({"image": addresses}, datasets.Features({"image": datasets.Value("string")}))
     if not len(rows):
         raise ValueError(
             f"{name_or_path}: no image in it; expected parquet files or files {', '.join(IMAGE_SUFFIXES)}."
         )
     return with_image_column(rows, name_or_path, decode=False).select_columns("image")
+
+
+def luperson_path(name: str | os.PathLike, root: str | os.PathLike) -> Path:
+    """Where LUPerson is at or under `root`.
+
+    Raises:
+        ValueError: `name` is not "luperson" (or "lup").
+        FileNotFoundError: There is no `root`.
+    """
+    if str(name).lower() not in _LUPERSON_NAMES:
+        raise ValueError(f"`root` goes with the name of a data set, luperson; got {name}. Give a path without `root`.")
+    root = Path(root).expanduser().absolute()
+    if not root.exists():
+        raise FileNotFoundError(f"{root}: no such file or folder to look for {name} in.")
+    while root.is_dir():  # archives and copies nest the name: luperson/LUP/...
+        inside = sorted(entry for entry in root.iterdir() if entry.name.lower() in _LUPERSON_NAMES and entry.is_dir())
+        if not inside:
+            break
+        root = inside[0]
+    return root
+
+
+def image_trees(source: Path) -> list[FileTree]:
+    """Where the images of a folder, an archive or an LMDB lie: in itself, or in archives and LMDBs in that folder.
+
+    Raises:
+        ValueError: It is a file of another kind, can't be read, or has archives beside loose images.
+    """
+    if source.is_file() or is_lmdb(source):
+        if source.is_file() and not (is_lmdb(source) or source.name.lower().endswith(ARCHIVE_SUFFIXES)):
+            raise ValueError(
+                f"{source}: expected a folder of images, a folder of parquet files, a .parquet file, an archive "
+                f"({', '.join(ARCHIVE_SUFFIXES)}) or an LMDB."
+            )
+        return [open_tree(source)]
+    files = [Path(file) for file in walk_files(source)]
+    inner = {file for file in files if file.name.lower().endswith(ARCHIVE_SUFFIXES)}
+    inner |= {
+        file.parent if file.name == "data.mdb" else file for file in files if file.name == "data.mdb" or is_lmdb(file)
+    }
+    if not inner:
+        return [open_tree(source)]
+    loose = [file for file in files if file.name.lower().endswith(IMAGE_SUFFIXES)]
+    if loose:
+        raise ValueError(
+            f"{source}: archives ({sorted(inner)[0].name}) beside loose images ({loose[0].name}), which may be the "
+            "same images twice. Give the archive or the folder of images alone."
+        )
+    return [open_tree(path) for path in sorted(inner)]
+
+
+def image_names(tree: FileTree) -> list[str]:
+    """The files of a tree that are images by their names, sorted; all in an LMDB, whose keys have no endings."""
+    return [name for name in tree.names if tree.kind == "lmdb" or name.lower().endswith(IMAGE_SUFFIXES)]
+
+
+def warn_of_skipped(tree: FileTree) -> None:
+    """Warns once of what a tree passes over, counted by reason with the first name of each; not of hidden files."""
+    told = {reason: names for reason, names in tree.skipped.items() if reason not in ("hidden file", "no image")}
+    if told:
+        counts = "; ".join(f"{len(names)} x {reason} ({names[0]})" for reason, names in told.items())
+        warnings.warn(f"{tree.path}: passed over {counts}.", stacklevel=3)
 
 
 def decode_image(
@@ -75,31 +166,52 @@ def decode_image(
     checked before anything is decoded.
 
     Args:
-        image: File content, a path, or a row of `datasets.Image(decode=False)`: a dict with bytes or path.
+        image: File content, a path or an address in an archive, or a row of `datasets.Image(decode=False)`: a dict
+            with bytes or path.
         name: What an error calls the image.
         max_pixels: Largest height x width accepted, in pixels.
 
     Returns:
-        (height, width, 3) uint8, RGB, writable. Grey, palette and CMYK images are converted, transparency is dropped.
+        (height, width, 3) uint8, RGB, writable. Grey, palette and CMYK images are converted, 16 bits
+        become 8, transparency is dropped, and of an animation the first frame is taken.
 
     Raises:
-        ValueError: It can't be read, is no JPEG, PNG, BMP or WebP, is cut off, or has more than `max_pixels`.
+        UnreadableFile: (a ValueError) It can't be read, is no JPEG, PNG, BMP or WebP, is cut off, or has more than
+            `max_pixels`.
     """
     if isinstance(image, Mapping):
         image = image["path"] if image.get("bytes") is None else image["bytes"]
     if image is None:
-        raise ValueError(f"{name}: no image data; expected the bytes or the path of an image.")
+        raise UnreadableFile(f"{name}: no image data; expected the bytes or the path of an image.", "no image data")
     try:
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image, formats=IMAGE_FORMATS) as picture:
+        content = image if isinstance(image, bytes) else read_address(image)
+    except UnreadableFile as error:
+        raise UnreadableFile(f"{name}: {error}", error.reason) from error
+    if not content:
+        raise UnreadableFile(f"{name}: not an image of a kind that is read here: it is empty.", "empty file")
+    try:
+        with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as picture:
             width, height = picture.size
             if width * height <= max_pixels:
                 ImageOps.exif_transpose(picture, in_place=True)
-                return np.array(picture.convert("RGB"))
+                return _rgb_pixels(picture)
     except UnidentifiedImageError as error:
-        raise ValueError(f"{name}: not an image of a kind that is read here ({', '.join(IMAGE_FORMATS)}).") from error
+        kinds = ", ".join(IMAGE_FORMATS)
+        raise UnreadableFile(f"{name}: not an image of a kind that is read here ({kinds}).", "no image") from error
+    except Image.DecompressionBombError as error:
+        raise UnreadableFile(f"{name}: {error}", "too many pixels") from error
     except Exception as error:  # from bytes of any origin Pillow's decoders raise errors of a dozen types
-        raise ValueError(f"{name}: the image can't be read: {error}") from error
-    raise ValueError(f"{name}: {height} x {width} pixels, more than the {max_pixels} accepted for a person crop.")
+        raise UnreadableFile(f"{name}: the image can't be read: {error}", "cut off or damaged") from error
+    raise UnreadableFile(
+        f"{name}: {height} x {width} pixels, more than the {max_pixels} accepted for a person crop.", "too many pixels"
+    )
+
+
+def _rgb_pixels(picture: Image.Image) -> np.ndarray:
+    if picture.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255 and not scale
+        grey = (np.asarray(picture) >> 8).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    return np.array(picture.convert("RGB"))
 
 
 @dataclass(frozen=True)
@@ -262,16 +374,3 @@ def with_image_column(rows: datasets.Dataset, source: Any, decode: bool) -> data
         return rows.cast_column("image", datasets.Image(decode=decode))
     except (TypeError, ValueError, NotImplementedError) as error:
         raise ValueError(f"{source}: column `image` holds {rows.features['image']}, not images.") from error
-
-
-def walk_files(root: Path) -> Iterable[str]:
-    """Paths of all files under `root` that aren't hidden. Links to folders are followed, each real folder once."""
-    visited = set()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in visited:
-            subfolders.clear()
-            continue
-        visited.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        yield from (os.path.join(folder, name) for name in files if not name.startswith("."))

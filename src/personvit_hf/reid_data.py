@@ -3,48 +3,78 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 
-from .person_images import IMAGE_SUFFIXES, load_rows, resolve_source, walk_files, with_image_column
+from .file_trees import TarTree, UnreadableFile, open_tree, walk_files
+from .person_images import load_rows, resolve_source, warn_of_skipped, with_image_column
+from .reid_layouts import (
+    MARKET_FOLDERS,
+    LabelledFiles,
+    benchmarks_called,
+    find_benchmark,
+    find_layout,
+    warn_of_missing,
+)
 
 SPLITS = ("train", "query", "gallery")
-MARKET_FOLDERS = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
 ID_COLUMNS = ("person_id", "camera_id")
 
-_MARKET_NAME = re.compile(r"(-1|\d+)_c([1-9]\d*)")
 
-
-def load_reid_dataset(name_or_path: str | os.PathLike) -> datasets.DatasetDict:
+def load_reid_dataset(name_or_path: str | os.PathLike, root: str | os.PathLike | None = None) -> datasets.DatasetDict:
     """A labelled re-identification benchmark.
 
     Args:
         name_or_path: One of
+            - the name of a benchmark that lies at `root`: "market1501", "dukemtmc-reid", "occluded-duke", "msmt17"
+              (either version), "msmt17-v1", "msmt17-v2"; case and punctuation don't matter, and the usual names of
+              their folders and archives (Market-1501-v15.09.15, Occluded_Duke) do, too;
             - a Market-1501 folder tree: bounding_box_train, query and bounding_box_test with images named like
-              0002_c1s1_000451_03.jpg (person 2, camera 1); rows are sorted by file name, other files are ignored;
+              0002_c1s1_000451_03.jpg (person 2, camera 1) or 0005_c2_f0046985.jpg; rows are sorted by file name, other
+              files are ignored;
+            - an MSMT17 folder tree: list_*.txt beside train and test, or mask_train_v2 and mask_test_v2; the split
+              train is list_train.txt and list_val.txt together;
+            - a .zip or .tar archive (also .tar.gz) of such a tree, which is read without being unpacked: its images
+              are copied, as they are, to the cache of `datasets` the first time;
             - a folder with parquet files, or a Hub data set "owner/name", with the columns below: its config
               "labelled" if its README defines one, else its default config. A folder without configs is read by file
               names (or subfolders) that start with train, query and gallery.
+        root: Where the benchmark is: its folder or archive, or a folder that holds that under one of its usual names.
 
     Returns:
         `datasets.DatasetDict` with train, query and gallery, and the columns image (`datasets.Image`), person_id and
         camera_id (int64), then any others the files have. person_id is as in the file: -1 is junk, 0 a distractor.
-        camera_id of a Market-1501 tree counts from 0 (c1 is camera 0), as models with camera embeddings need it.
+        MSMT17 numbers people from 0, in train and test anew; here train is 1 to 1041 and test 1042 to 4101.
+        camera_id counts from 0 (c1 is camera 0), as models with camera embeddings need it.
 
     Raises:
-        FileNotFoundError: There is no such folder or Hub data set, or a folder of the Market-1501 tree is missing.
+        FileNotFoundError: There is no such folder or Hub data set, the benchmark isn't at `root`, or a folder or list
+            of the tree is missing.
         ValueError: A split is missing or empty, a file name has no ids, or a column is missing or has a wrong type.
+
+    Warns:
+        UserWarning: A benchmark's ids, images and cameras are not as many as published, or files that its lists name
+            are missing; the warning names them, or says what is known of them.
     """
-    source = resolve_source(name_or_path)
+    if root is None and benchmarks_called(name_or_path) and not Path(name_or_path).expanduser().exists():
+        raise FileNotFoundError(
+            f"{name_or_path}: no such file or folder. For the benchmark of this name, say where it lies: "
+            f"load_reid_dataset({str(name_or_path)!r}, root=...)."
+        )
+    source = resolve_source(name_or_path) if root is None else Path(root)
     if isinstance(source, str):
         found = load_rows(source, config="labelled")
-    elif any((source / MARKET_FOLDERS[split]).is_dir() for split in ("train", "gallery")):  # "query" may hold parquet
-        found = {split: _market_split(source, folder) for split, folder in MARKET_FOLDERS.items()}
     else:
-        found = _local_parquet(source)
+        files = labelled_files(name_or_path, root)
+        if files is None:
+            found = _local_parquet(source)
+        else:
+            warn_of_missing(files)
+            found = _table(files)
     missing = [split for split in SPLITS if split not in found]
     if missing:
         raise ValueError(
@@ -71,38 +101,73 @@ def person_labels(person_ids: Iterable[int]) -> dict[int, int]:
     return {person: label for label, person in enumerate(people)}
 
 
-def _market_split(root: Path, folder_name: str) -> datasets.Dataset:
-    folder = root / folder_name
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{folder}: no such folder; a Market-1501 tree has {', '.join(MARKET_FOLDERS.values())}."
-        )
-    names = sorted(
-        entry.name
-        for entry in folder.iterdir()
-        if entry.suffix.lower() in IMAGE_SUFFIXES and not entry.name.startswith(".")
+def labelled_files(name_or_path: str | os.PathLike, root: str | os.PathLike | None = None) -> LabelledFiles | None:
+    """The files of a benchmark at `root`, or of a tree or archive at a path; None if the path has no known layout.
+
+    Raises:
+        FileNotFoundError, ValueError: As in `load_reid_dataset`.
+    """
+    if root is not None:
+        return find_benchmark(str(name_or_path), Path(root))
+    return find_layout(open_tree(Path(name_or_path).expanduser()))
+
+
+def _table(files: LabelledFiles) -> dict[str, datasets.Dataset]:
+    if files.tree.kind != "folder":
+        warn_of_skipped(files.tree)
+    tables = {}
+    for split, rows in files.rows.items():
+        columns = {column: [row[index] for row in rows] for index, column in enumerate(ID_COLUMNS, start=1)}
+        if files.tree.kind == "folder":
+            columns = {"image": [files.tree.address(name) for name, _, _ in rows], **columns}
+            tables[split] = datasets.Dataset.from_dict(columns)
+        else:
+            tables[split] = _copied(files, rows)
+    return tables
+
+
+def _copied(files: LabelledFiles, rows: list[tuple[str, int, int]]) -> datasets.Dataset:
+    """Rows of an archive with their bytes, in a file of the cache that is made once for each state of the archive."""
+    tree = files.tree
+    order = list(range(len(rows)))
+    if isinstance(tree, TarTree) and tree.is_compressed:
+        order.sort(key=lambda index: tree.position(rows[index][0]))
+    status = tree.path.stat()
+    features = {"image": datasets.Image(), **dict.fromkeys(ID_COLUMNS, datasets.Value("int64"))}
+    table = datasets.Dataset.from_generator(
+        _archive_rows,
+        features=datasets.Features(features),
+        gen_kwargs={
+            "archive": str(tree.path),
+            "state": (status.st_size, status.st_mtime_ns),
+            "rows": tuple(rows[index] for index in order),
+        },
     )
-    if not names:
-        raise ValueError(f"{folder}: no image in it.")
-    columns: dict[str, list] = {"image": [], "person_id": [], "camera_id": []}
-    for name in names:
-        ids = _MARKET_NAME.match(name)
-        if ids is None:
-            raise ValueError(
-                f"{folder / name}: no ids in the file name; expected <person>_c<camera>..., such as "
-                "0002_c1s1_000451_03.jpg, with person -1, 0 or above and camera 1 or above."
-            )
-        columns["image"].append(str(folder / name))
-        columns["person_id"].append(int(ids[1]))
-        columns["camera_id"].append(int(ids[2]) - 1)
-    return datasets.Dataset.from_dict(columns)
+    if order != sorted(order):
+        table = table.select(sorted(order, key=order.__getitem__))
+    return table
+
+
+def _archive_rows(
+    archive: str, state: tuple[int, int], rows: tuple[tuple[str, int, int], ...]
+) -> Iterator[dict[str, Any]]:
+    """Rows with the bytes of their images; `state` tells one state of the archive from the next."""
+    tree = open_tree(archive)
+    for name, person, camera in rows:
+        try:
+            content = tree.read(name)
+        except UnreadableFile as error:  # the row stays, so that its loss shows wherever rows are counted or decoded
+            warnings.warn(str(error), stacklevel=2)
+            content = b""
+        yield {"image": {"bytes": content, "path": name}, "person_id": person, "camera_id": camera}
 
 
 def _local_parquet(root: Path) -> dict[str, datasets.Dataset]:
     files = [os.path.relpath(file, root) for file in walk_files(root) if file.endswith(".parquet")]
     if not files:
         raise ValueError(
-            f"{root}: neither a Market-1501 tree ({', '.join(MARKET_FOLDERS.values())}) nor a folder of parquet files."
+            f"{root}: neither a Market-1501 tree ({', '.join(MARKET_FOLDERS.values())}), nor one of MSMT17, nor a "
+            "folder of parquet files."
         )
     if "labelled" in datasets.get_dataset_config_names(str(root)):
         return load_rows(str(root), config="labelled")
