@@ -14,7 +14,6 @@ are given by processor time, which other programs on the machine hardly touch, a
 from __future__ import annotations
 
 import io
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -181,7 +180,7 @@ def main() -> None:
     needed = args.steps_per_second * args.gpu_batch_size
     print(f"A GPU that takes {args.steps_per_second:g} steps of {args.gpu_batch_size} images per second is fed by:")
     for name, rate in rates.items():
-        print(f"{name:24}{math.ceil(needed / rate):>6} cores")
+        print(f"{name:24}{needed / rate:>7.1f} cores")
 
 
 if __name__ == "__main__":

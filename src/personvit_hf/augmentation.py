@@ -26,7 +26,7 @@ DRAWS_PER_CROP = 2 * CROP_ATTEMPTS + 20  # at most: ten rectangles, their place,
 _TO_GREY = np.tile(LUMA, (3, 1))
 _FROM_GREY = np.eye(3) - _TO_GREY
 _JITTER_ORDERS = tuple(permutations(range(4)))
-# Row k turns the hue by k / HUE_STEPS of a circle. OpenCV cuts the circle in 256 on the way to HSV, 255 on the way back.
+# Row k turns the hue by k / HUE_STEPS of a circle, which OpenCV cuts in 256 on the way to HSV, in 255 on the way back.
 HUE_STEPS = 4 * 255
 _HUE_TURNS = (np.rint(np.arange(256) * (255 / 256) + np.arange(HUE_STEPS)[:, None] / 4) % 255).astype(np.uint8)
 
