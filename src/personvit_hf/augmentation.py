@@ -8,16 +8,27 @@ workers, and more threads within each would only compete.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import permutations
 
 import cv2
 import numpy as np
 import torch
 
-LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601, as in PIL and torchvision
+LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as in PIL and torchvision
 CROP_ATTEMPTS = 10
 ERASING_ATTEMPTS = 10
+DRAWS_PER_CROP = 2 * CROP_ATTEMPTS + 20  # at most: ten rectangles, their place, and fewer than 20 for the colours
+
+# Made once: small numpy calls for each of ten crops would cost as much as the pixels.
+_TO_GREY = np.tile(LUMA, (3, 1))
+_FROM_GREY = np.eye(3) - _TO_GREY
+_JITTER_ORDERS = tuple(permutations(range(4)))
+# Row k turns the hue by k / HUE_STEPS of a circle, which OpenCV cuts in 256 on the way to HSV, in 255 on the way back.
+HUE_STEPS = 4 * 255
+_HUE_TURNS = (np.rint(np.arange(256) * (255 / 256) + np.arange(HUE_STEPS)[:, None] / 4) % 255).astype(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -112,48 +123,57 @@ class MultiCrop:
         cv2.setNumThreads(0)
         global_crops = np.empty((2, 3, *self.global_size), np.uint8)
         local_crops = np.empty((self.num_local_crops, 3, *self.local_size), np.uint8)
+        # all random numbers at once: some 150 calls of the generator take as long as three resizes
+        draw = iter(rng.random((2 + self.num_local_crops) * DRAWS_PER_CROP).tolist()).__next__
+        views = (image, cv2.flip(image, 1) if self.flip_probability > 0 else image)
         blur_first, blur_second, blur_local = self.blur_probabilities
-        self._draw_crop(global_crops[0], image, self.global_scale, blur_first, 0.0, rng)
-        self._draw_crop(global_crops[1], image, self.global_scale, blur_second, self.solarize_probability, rng)
+        self._draw_crop(global_crops[0], views, self.global_scale, blur_first, 0.0, draw)
+        self._draw_crop(global_crops[1], views, self.global_scale, blur_second, self.solarize_probability, draw)
         for crop in local_crops:
-            self._draw_crop(crop, image, self.local_scale, blur_local, 0.0, rng)
+            self._draw_crop(crop, views, self.local_scale, blur_local, 0.0, draw)
         return global_crops, local_crops
 
     def _draw_crop(
         self,
         out: np.ndarray,
-        image: np.ndarray,
+        views: tuple[np.ndarray, np.ndarray],
         scale: tuple[float, float],
         blur_probability: float,
         solarize_probability: float,
-        rng: np.random.Generator,
+        draw: Callable[[], float],
     ) -> None:
-        """Fill `out`, uint8 (3, height, width), with one crop."""
-        top, left, height, width = draw_crop_box(image.shape[0], image.shape[1], scale, self.aspect_ratio, rng)
-        crop = resize(image[top : top + height, left : left + width], out.shape[1:])
-        if rng.random() < self.flip_probability:
-            crop = cv2.flip(crop, 1)
-        if rng.random() < self.jitter_probability:
-            crop = self._jitter(crop, rng)
-        if rng.random() < self.grayscale_probability:
-            crop = adjust_saturation(crop, 0.0)
-        if rng.random() < blur_probability:
-            crop = gaussian_blur(crop, rng.uniform(*self.blur_sigma))
-        if rng.random() < solarize_probability:
+        """Fill `out`, uint8 (3, height, width), with one crop of a picture or of its mirror image."""
+        rows, columns, _ = views[0].shape
+        top, left, height, width = draw_crop_box(rows, columns, scale, self.aspect_ratio, draw)
+        flip = draw() < self.flip_probability
+        if flip:
+            left = columns - width - left
+        crop = resize(views[flip][top : top + height, left : left + width], out.shape[1:])
+        if draw() < self.jitter_probability:
+            crop = self._jitter(crop, draw)
+        if draw() < self.grayscale_probability:
+            crop = cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY)  # one channel from here on
+        if draw() < blur_probability:
+            low, high = self.blur_sigma
+            crop = gaussian_blur(crop, low + (high - low) * draw())
+        if draw() < solarize_probability:
             crop = solarize(crop)
-        cv2.split(crop, list(out))  # writes the three planes of `out`
+        if crop.ndim == 2:
+            out[...] = crop
+        else:
+            cv2.split(crop, list(out))  # writes the three planes of `out`
 
-    def _jitter(self, crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def _jitter(self, crop: np.ndarray, draw: Callable[[], float]) -> np.ndarray:
         steps = (
             (adjust_brightness, 1.0, self.brightness),
             (adjust_contrast, 1.0, self.contrast),
             (adjust_saturation, 1.0, self.saturation),
             (adjust_hue, 0.0, self.hue),
         )
-        for step in rng.permutation(len(steps)).tolist():
+        for step in _JITTER_ORDERS[int(len(_JITTER_ORDERS) * draw())]:
             adjust, neutral, spread = steps[step]
             if spread > 0:
-                crop = adjust(crop, neutral + spread * (2 * rng.random() - 1))
+                crop = adjust(crop, neutral + spread * (2 * draw() - 1))
         return crop
 
 
@@ -220,7 +240,7 @@ class ReIDTransform:
         if self.padding:
             pad = self.padding
             padded = cv2.copyMakeBorder(picture, pad, pad, pad, pad, cv2.BORDER_CONSTANT, value=(0, 0, 0))
-            top, left = _draw_offset(2 * pad, rng), _draw_offset(2 * pad, rng)
+            top, left = _draw_offset(2 * pad, rng.random), _draw_offset(2 * pad, rng.random)
             picture = padded[top : top + height, left : left + width]
         pixels = np.empty((3, height, width), np.float32)
         for channel, (mean, std) in enumerate(zip(self.mean, self.std, strict=True)):
@@ -234,10 +254,10 @@ class ReIDTransform:
         _, rows, columns = pixels.shape
         aspects = (self.erasing_min_aspect, 1 / self.erasing_min_aspect)
         for _ in range(ERASING_ATTEMPTS):
-            width, height = _draw_rectangle(rows * columns, self.erasing_area, aspects, rng)
+            width, height = _draw_rectangle(rows * columns, self.erasing_area, aspects, rng.random)
             # `aspects` is symmetric on a logarithmic scale, so it does not matter which side is divided by which.
             if 0 < height < rows and 0 < width < columns:
-                top, left = _draw_offset(rows - height, rng), _draw_offset(columns - width, rng)
+                top, left = _draw_offset(rows - height, rng.random), _draw_offset(columns - width, rng.random)
                 noise = rng.standard_normal((3, height, width), dtype=np.float32)
                 pixels[:, top : top + height, left : left + width] = noise
                 return
@@ -264,7 +284,7 @@ def normalize(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float])
 
 
 def draw_crop_box(
-    height: int, width: int, scale: tuple[float, float], aspect_ratio: tuple[float, float], rng: np.random.Generator
+    height: int, width: int, scale: tuple[float, float], aspect_ratio: tuple[float, float], draw: Callable[[], float]
 ) -> tuple[int, int, int, int]:
     """Rectangle within a picture: uniform in area, log-uniform in shape, anywhere.
 
@@ -275,7 +295,7 @@ def draw_crop_box(
         width: Width of the picture in pixels.
         scale: Smallest and largest area, as a fraction of the picture's.
         aspect_ratio: Smallest and largest width / height.
-        rng: Source of randomness.
+        draw: Gives a uniform random number in [0, 1), as a Generator's `random` does.
 
     Returns:
         (top, left, height, width) in pixels.
@@ -283,9 +303,9 @@ def draw_crop_box(
     Source: `RandomResizedCrop.get_params` of torchvision.
     """
     for _ in range(CROP_ATTEMPTS):
-        w, h = _draw_rectangle(height * width, scale, aspect_ratio, rng)
+        w, h = _draw_rectangle(height * width, scale, aspect_ratio, draw)
         if 0 < w <= width and 0 < h <= height:
-            return _draw_offset(height - h, rng), _draw_offset(width - w, rng), h, w
+            return _draw_offset(height - h, draw), _draw_offset(width - w, draw), h, w
     w = min(width, max(round(height * aspect_ratio[1]), 1))
     h = min(height, max(round(width / aspect_ratio[0]), 1))
     return (height - h) // 2, (width - w) // 2, h, w
@@ -307,28 +327,34 @@ def adjust_brightness(image: np.ndarray, factor: float) -> np.ndarray:
 
 def adjust_contrast(image: np.ndarray, factor: float) -> np.ndarray:
     """Blend a picture with its mean grey; a factor of 0 gives plain grey, 1 the picture."""
-    mean = float(np.dot(cv2.mean(image)[:3], LUMA))
+    red, green, blue, _ = cv2.sumElems(image)
+    mean = (LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue) / (image.shape[0] * image.shape[1])
     return cv2.addWeighted(image, factor, image, 0.0, (1.0 - factor) * mean)
 
 
 def adjust_saturation(image: np.ndarray, factor: float) -> np.ndarray:
     """Blend a picture with its grey version; a factor of 0 gives that version, 1 the picture."""
-    return cv2.transform(image, factor * np.eye(3) + (1.0 - factor) * LUMA)
+    return cv2.transform(image, _TO_GREY + factor * _FROM_GREY)
 
 
 def adjust_hue(image: np.ndarray, factor: float) -> np.ndarray:
-    """Turn the hue by `factor` full circles, in [-0.5, 0.5]."""
+    """Turn the hue by `factor` full circles, in [-0.5, 0.5], to the nearest of `HUE_STEPS` steps."""
     hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
-    # OpenCV cuts the circle in 256 on the way to HSV, and in 255 on the way back.
-    turned = np.rint((np.arange(256) / 256 + factor) * 255) % 255
-    cv2.insertChannel(cv2.LUT(cv2.extractChannel(hsv, 0), turned.astype(np.uint8)), hsv, 0)
+    turns = _HUE_TURNS[round(factor * HUE_STEPS) % HUE_STEPS]
+    cv2.insertChannel(cv2.LUT(cv2.extractChannel(hsv, 0), turns), hsv, 0)
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
 
 
 def gaussian_blur(image: np.ndarray, sigma: float) -> np.ndarray:
-    """Blur with a standard deviation of `sigma` pixels, mirrored at the border."""
-    kernel = cv2.getGaussianKernel(2 * math.ceil(3 * sigma) + 1, sigma, cv2.CV_32F)
+    """Blur with a standard deviation of `sigma` pixels, to a hundredth, mirrored at the border."""
+    kernel = _gaussian_kernel(max(round(100 * sigma), 1))
     return cv2.sepFilter2D(image, -1, kernel, kernel)  # as exact as GaussianBlur on uint8, and over twice as fast
+
+
+@lru_cache(maxsize=512)
+def _gaussian_kernel(hundredths: int) -> np.ndarray:
+    sigma = hundredths / 100
+    return cv2.getGaussianKernel(2 * math.ceil(3 * sigma) + 1, sigma, cv2.CV_32F)
 
 
 def solarize(image: np.ndarray) -> np.ndarray:
@@ -337,17 +363,17 @@ def solarize(image: np.ndarray) -> np.ndarray:
 
 
 def _draw_rectangle(
-    area: int, scale: tuple[float, float], aspect_ratio: tuple[float, float], rng: np.random.Generator
+    area: int, scale: tuple[float, float], aspect_ratio: tuple[float, float], draw: Callable[[], float]
 ) -> tuple[int, int]:
     """(width, height) of a rectangle, uniform in area and log-uniform in width / height."""
-    target = area * (scale[0] + (scale[1] - scale[0]) * rng.random())
+    target = area * (scale[0] + (scale[1] - scale[0]) * draw())
     low, high = math.log(aspect_ratio[0]), math.log(aspect_ratio[1])
-    aspect = math.exp(low + (high - low) * rng.random())
+    aspect = math.exp(low + (high - low) * draw())
     return round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
 
 
-def _draw_offset(largest: int, rng: np.random.Generator) -> int:
-    return int((largest + 1) * rng.random())
+def _draw_offset(largest: int, draw: Callable[[], float]) -> int:
+    return int((largest + 1) * draw())
 
 
 def _check_image(image: np.ndarray) -> None:
