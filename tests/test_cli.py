@@ -122,6 +122,7 @@ def checkpoint(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_embed_search_and_draw(checkpoint, tmp_path):
     settings = ["--model", checkpoint, "--out", tmp_path / "gallery", "--split", "gallery", "--shard-images", 60]
     process = personvit("embed", DATA, *settings)
@@ -163,17 +164,23 @@ def test_a_gallery_of_another_model_is_refused(checkpoint, tmp_path):
     assert process.returncode == 1 and "another model or revision" in process.stderr
 
 
+def shard_count(line: str) -> int:
+    return int(line.rpartition(": ")[2].split()[0])
+
+
 @pytest.mark.slow
 def test_two_processes_embed_as_one(checkpoint, tmp_path):
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     for name, command in (("two", launch), ("one", [sys.executable])):
         flags = ["--model", checkpoint, "--out", tmp_path / name, "--split", "query", "--shard-images", 20]
-        command = [*command, "-m", "personvit_hf.cli", "embed", DATA, *flags]
+        command = [*command, PERSONVIT, "embed", DATA, *flags]
         process = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True)
         assert process.returncode == 0, process.stderr
         shares = [line for line in process.stdout.splitlines() if "shards made" in line]
-        assert len(shares) == (2 if name == "two" else 1)
+        expected = {"two": ["2 shards made by process 1 of 2", "3 shards made by process 0 of 2"], "one": ["5 shards"]}
+        assert len(shares) == len(expected[name])
+        assert all(text in line for text, line in zip(expected[name], sorted(shares, key=shard_count), strict=True))
     one, two = (read_embeddings(tmp_path / name) for name in ("one", "two"))
     assert (one.embeddings == two.embeddings).all() and one.names == two.names
 

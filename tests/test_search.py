@@ -64,6 +64,7 @@ def test_indices_agree(kind, where, exclude, tmp_path):
     np.testing.assert_allclose(similarities, found, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_compressed_index_finds_most(tmp_path):
     folder = gallery_folder(tmp_path, size=4000)
     queries = folder.embeddings[:50]

@@ -152,15 +152,16 @@ def embed(
     shard_images: Annotated[int, typer.Option(help="Images a shard.")] = 4096,
     max_broken_share: Annotated[float, typer.Option(help="Largest share of broken images in a shard.")] = 0.01,
 ) -> None:
-    """Embed images into a folder; with `accelerate launch --module personvit_hf.cli embed` on several processes."""
-    from accelerate import PartialState
+    """Embed images into a folder; on several processes by `accelerate launch $(which personvit) embed`."""
+    from accelerate import Accelerator
     from transformers import AutoImageProcessor
 
     from .embedding import write_embeddings
     from .scripting import load_embedding_model
     from .search import load_gallery_images
 
-    state = PartialState()
+    # PartialState would not see that several processes on a CPU belong together
+    state = Accelerator()
     network = load_embedding_model(model).to(state.device)
     images = load_gallery_images(data, split)
     made = write_embeddings(
@@ -313,7 +314,3 @@ def main() -> None:
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         typer.echo(f"personvit: {error}", err=True)
         sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()
