@@ -39,6 +39,13 @@ def checkpoint(request, tmp_path):
     return folder
 
 
+def test_a_module_of_the_package_runs_as_a_program():
+    command = [sys.executable, "-m", "personvit_hf.cli", "--help"]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert "convert" in process.stdout
+
+
 def test_importing_the_package_imports_no_slow_library():
     heavy = ["torch", "torchvision", "transformers", "accelerate", "datasets", "cv2", "importlib.metadata"]
     assert run_python(f"import sys, personvit_hf; print([x for x in {heavy} if x in sys.modules])").strip() == "[]"

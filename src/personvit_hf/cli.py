@@ -314,3 +314,7 @@ def main() -> None:
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         typer.echo(f"personvit: {error}", err=True)
         sys.exit(1)
+
+
+if __name__ == "__main__":  # for launchers that take a module
+    main()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 
 def _register_config() -> None:
@@ -98,6 +99,9 @@ class _ReportingLoader(Loader):
     def __init__(self, loader: Loader, finder: _AfterImports):
         self.loader = loader
         self.finder = finder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)  # `python -m` asks for the module's code, others for its source
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
