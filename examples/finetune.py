@@ -23,9 +23,19 @@ from tqdm.auto import tqdm
 
 from personvit_hf import PersonViTConfig, PersonViTForReID, PersonViTImageProcessor, load_reid_dataset
 from personvit_hf.augmentation import ReIDTransform
-from personvit_hf.checkpointing import TrainingProgress, resume, save_checkpoint, save_model
+from personvit_hf.checkpointing import (
+    TrainingProgress,
+    export_best,
+    find_checkpoint,
+    load_weights,
+    restore,
+    save_best,
+    save_checkpoint,
+    save_model,
+)
 from personvit_hf.hub import RunPublisher
 from personvit_hf.person_images import BrokenImage, BrokenImageBudget, PersonImages
+from personvit_hf.preemption import StopRequest, ignore_stop_requests
 from personvit_hf.reid_data import person_labels
 from personvit_hf.sampling import PKSampler
 from personvit_hf.schedules import finetune_learning_rate, finetuning_parameter_groups
@@ -80,6 +90,9 @@ class FinetuneArguments:
     keep_checkpoints: int = option(2, "Checkpoints kept.")
     resume_from: str | None = option(None, "A checkpoint's folder, or `latest`.")
     eval_epochs: int = option(0, "Epochs between two scores on query and gallery; 0 for one at the end.")
+    keep_best: bool = option(
+        False, "Keep the model with the highest mAP in `best`; it becomes the run's result, chosen on the test data."
+    )
     report_to: str | None = option(None, "tensorboard or trackio, beside metrics.jsonl.")
     push_to_hub: bool = option(
         False, "Push model, processor, card and code to the Hub: in the background, and at the end."
@@ -128,6 +141,7 @@ def build_dataloader(args: FinetuneArguments, rows, labels: dict[int, int]) -> D
         batch_size=args.identities_per_batch * args.images_per_identity,
         drop_last=True,
         collate_fn=collate,
+        worker_init_fn=ignore_stop_requests,
         num_workers=args.num_workers,
         persistent_workers=args.num_workers > 0,
         pin_memory=torch.cuda.is_available(),
@@ -161,6 +175,8 @@ def build_optimizer(args: FinetuneArguments, model: PersonViTForReID) -> torch.o
 
 def main() -> None:
     args = parse_arguments(FinetuneArguments)
+    if args.keep_best and not args.eval_epochs:
+        raise ValueError("`keep_best` needs `eval_epochs` to tell which model is the best.")
     output_dir = Path(args.output_dir)
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
@@ -171,12 +187,16 @@ def main() -> None:
     )
 
     # Data, model, optimizer
+    checkpoints, best = output_dir / "checkpoints", output_dir / "best"
+    checkpoint = find_checkpoint(accelerator, checkpoints, args.resume_from)
     dataset = load_reid_dataset(args.data)
     labels = person_labels(dataset["train"]["person_id"])
     num_cameras = 1 + max(max(rows["camera_id"]) for rows in dataset.values()) if args.use_cameras else 0
     dataloader = build_dataloader(args, dataset["train"], labels)
     set_seed(args.seed)
     model = build_model(args, labels, num_cameras)
+    if checkpoint is not None:
+        load_weights(model, checkpoint)
     height, width = args.image_size
     model.config.patch_grid(height, width)  # an impossible size is an error before anything starts
     processor = PersonViTImageProcessor(
@@ -193,10 +213,17 @@ def main() -> None:
         )
 
     # Resume
-    progress = TrainingProgress()
+    images_per_batch = args.identities_per_batch * args.images_per_identity * accelerator.num_processes
+    layout = {
+        "images": len(dataloader.dataset),
+        "identities_per_batch": args.identities_per_batch,
+        "images_per_identity": args.images_per_identity,
+        "batches_per_step": accelerator.num_processes * args.gradient_accumulation_steps,
+    }
+    progress = TrainingProgress(layout=layout)
     accelerator.register_for_checkpointing(progress)
-    checkpoints = output_dir / "checkpoints"
-    resume(accelerator, checkpoints, args.resume_from)
+    if checkpoint is not None:
+        restore(accelerator, model, optimizer, checkpoint)
     log = MetricsLog(output_dir / "metrics.jsonl", accelerator, progress.step)
     if accelerator.is_main_process:
         (output_dir / "arguments.yaml").write_text(yaml.safe_dump(asdict(args), sort_keys=False))
@@ -204,8 +231,16 @@ def main() -> None:
     if args.report_to:
         accelerator.init_trackers("personvit-finetune")
 
+    def save() -> None:
+        save_checkpoint(accelerator, model, optimizer, checkpoints, progress.step, args.keep_checkpoints)
+        publisher.checkpoint(model, processor, progress.step)
+
+    def require_finite_loss() -> None:
+        require_finite(progress.step, output_dir, loss=accelerator.reduce(outputs.loss.detach(), "mean").item())
+
     budget = BrokenImageBudget(args.max_broken_share)
     bar = tqdm(total=args.epochs, initial=progress.epoch, desc="Epochs", disable=not accelerator.is_main_process)
+    stop = StopRequest(accelerator)
     model.train()
     for epoch in range(progress.epoch, args.epochs):
         dataloader.set_epoch(epoch)
@@ -218,7 +253,8 @@ def main() -> None:
                 warmup_epochs=args.warmup_epochs,
             )
         started, images_seen = time.perf_counter(), 0
-        for batch in dataloader:
+        done = progress.samples // images_per_batch
+        for batch in accelerator.skip_first_batches(dataloader, done) if done else dataloader:
             inputs = batch["inputs"]
             budget.count(batch["broken"], len(inputs["labels"]))
             if not args.use_cameras:
@@ -228,7 +264,8 @@ def main() -> None:
                 accelerator.backward(outputs.loss)
                 optimizer.step()
                 optimizer.zero_grad()
-            images_seen += len(inputs["labels"]) * accelerator.num_processes
+            progress.samples += images_per_batch
+            images_seen += images_per_batch
             if not accelerator.sync_gradients:
                 continue
             progress.step += 1
@@ -248,23 +285,36 @@ def main() -> None:
                     learning_rate=optimizer.param_groups[0]["lr"],
                     images_per_second=images_seen / (time.perf_counter() - started),
                 )
+            if stop.agreed():
+                require_finite_loss()
+                save()
+                stop.leave()
         budget.end_epoch()
-        progress.epoch = epoch + 1
+        progress.epoch, progress.samples = epoch + 1, 0
         bar.update()
-        require_finite(progress.step, output_dir, loss=accelerator.reduce(outputs.loss.detach(), "mean").item())
-        if args.eval_epochs and progress.epoch % args.eval_epochs == 0 and accelerator.is_main_process:
-            result = score(unwrapped, processor, dataset, args.use_cameras)
-            log.write(progress.step, epoch=epoch, mAP=result["mAP"], rank1=result["rank1"])
-        accelerator.wait_for_everyone()
+        if images_seen:  # else the run was stopped after the epoch's last step
+            require_finite_loss()
+        if args.eval_epochs and progress.epoch % args.eval_epochs == 0:
+            result = {}
+            if accelerator.is_main_process:
+                result = score(unwrapped, processor, dataset, args.use_cameras)
+                log.write(progress.step, epoch=epoch, mAP=result["mAP"], rank1=result["rank1"])
+            accelerator.wait_for_everyone()
+            if args.keep_best:
+                save_best(accelerator, model, processor, best, progress, result.get("mAP"))
         # after the score, which a resumed run would not repeat
         if args.save_epochs and progress.epoch % args.save_epochs == 0:
-            save_checkpoint(accelerator, checkpoints, progress.step, args.keep_checkpoints)
-            publisher.checkpoint(model, processor, progress.step)
+            save()
 
     bar.close()
-    save_model(accelerator, model, processor, output_dir)
+    stop.close()
+    if args.keep_best:
+        export_best(accelerator, best, output_dir)
+    else:
+        save_model(accelerator, model, processor, output_dir)
     if accelerator.is_main_process:
-        result = score(unwrapped, processor, dataset, args.use_cameras)
+        trained = PersonViTForReID.from_pretrained(output_dir).to(accelerator.device)
+        result = score(trained, processor, dataset, args.use_cameras)
         results = {name: result[name] for name in ("mAP", "mINP", "rank1", "rank5", "rank10", "num_valid_queries")}
         (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         print(f"mAP {100 * results['mAP']:.2f}  Rank-1 {100 * results['rank1']:.2f}  ({output_dir / 'results.json'})")

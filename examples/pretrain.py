@@ -28,10 +28,20 @@ from personvit_hf import (
     load_reid_dataset,
 )
 from personvit_hf.augmentation import MultiCrop, normalize
-from personvit_hf.checkpointing import TrainingProgress, resume, save_checkpoint, save_model
+from personvit_hf.checkpointing import (
+    TrainingProgress,
+    export_best,
+    find_checkpoint,
+    load_weights,
+    restore,
+    save_best,
+    save_checkpoint,
+    save_model,
+)
 from personvit_hf.hub import RunPublisher
 from personvit_hf.masking import BlockMasking
 from personvit_hf.person_images import BrokenImage, BrokenImageBudget, PersonImages
+from personvit_hf.preemption import StopRequest, ignore_stop_requests
 from personvit_hf.sampling import EpochSampler
 from personvit_hf.schedules import (
     clip_gradients_per_parameter,
@@ -105,6 +115,7 @@ class PretrainArguments:
     resume_from: str | None = option(None, "A checkpoint's folder, or `latest`.")
     eval_data: str | None = option(None, "Labelled data set to score the teacher on during training.")
     eval_epochs: int = option(10, "Epochs between two scores.")
+    keep_best: bool = option(False, "Keep the model with the highest mAP in `best`; it becomes the run's result.")
     report_to: str | None = option(None, "tensorboard or trackio, beside metrics.jsonl.")
     push_to_hub: bool = option(
         False, "Push model, processor, card and code to the Hub: in the background, and at the end."
@@ -175,6 +186,7 @@ def build_dataloader(args: PretrainArguments, config: PersonViTConfig) -> DataLo
         batch_size=args.batch_size,
         drop_last=True,
         collate_fn=collate,
+        worker_init_fn=ignore_stop_requests,
         num_workers=args.num_workers,
         persistent_workers=args.num_workers > 0,
         pin_memory=torch.cuda.is_available(),
@@ -185,6 +197,8 @@ def build_dataloader(args: PretrainArguments, config: PersonViTConfig) -> DataLo
 
 def main() -> None:
     args = parse_arguments(PretrainArguments)
+    if args.keep_best and not args.eval_data:
+        raise ValueError("`keep_best` needs `eval_data` to tell which model is the best.")
     output_dir = Path(args.output_dir)
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
@@ -195,8 +209,12 @@ def main() -> None:
     )
 
     # Model, data, optimizer
+    checkpoints, best = output_dir / "checkpoints", output_dir / "best"
+    checkpoint = find_checkpoint(accelerator, checkpoints, args.resume_from)
     set_seed(args.seed)
     model = build_model(args)
+    if checkpoint is not None:
+        load_weights(model, checkpoint)
     config = model.config
     height, width = args.image_size
     processor = PersonViTImageProcessor(size={"height": height, "width": width})
@@ -208,7 +226,8 @@ def main() -> None:
     unwrapped = accelerator.unwrap_model(model)
 
     # Schedules are functions of the optimizer step
-    images_per_step = args.batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    images_per_batch = args.batch_size * accelerator.num_processes
+    images_per_step = images_per_batch * args.gradient_accumulation_steps
     # Accelerate also takes a step at an epoch's end, with what has accumulated by then
     steps_per_epoch = math.ceil(len(dataloader) / args.gradient_accumulation_steps)
     if steps_per_epoch == 0:
@@ -222,10 +241,15 @@ def main() -> None:
     save_steps = max(round(args.save_epochs * steps_per_epoch), 1) if args.save_epochs else 0
 
     # Resume
-    progress = TrainingProgress()
+    layout = {
+        "images": len(dataloader.dataset),
+        "images_per_step": images_per_step,
+        "steps_per_epoch": steps_per_epoch,
+    }
+    progress = TrainingProgress(layout=layout)
     accelerator.register_for_checkpointing(progress)
-    checkpoints = output_dir / "checkpoints"
-    resume(accelerator, checkpoints, args.resume_from)
+    if checkpoint is not None:
+        restore(accelerator, model, optimizer, checkpoint)
     log = MetricsLog(output_dir / "metrics.jsonl", accelerator, progress.step)
     if accelerator.is_main_process:
         (output_dir / "arguments.yaml").write_text(yaml.safe_dump(asdict(args), sort_keys=False))
@@ -234,16 +258,19 @@ def main() -> None:
         accelerator.init_trackers("personvit-pretrain")
 
     def save() -> None:
-        save_checkpoint(accelerator, checkpoints, progress.step, args.keep_checkpoints)
+        save_checkpoint(accelerator, model, optimizer, checkpoints, progress.step, args.keep_checkpoints)
         publisher.checkpoint(model, processor, progress.step)
 
     budget = BrokenImageBudget(args.max_broken_share)
     bar = tqdm(total=total_steps, initial=progress.step, desc="Pre-training", disable=not accelerator.is_main_process)
     started, images_seen = time.perf_counter(), 0
+    stop = StopRequest(accelerator)
     model.train()
     for epoch in range(progress.epoch, args.epochs):
         dataloader.set_epoch(epoch)
-        batches = accelerator.skip_first_batches(dataloader, progress.batch) if progress.batch else dataloader
+        done = progress.samples // images_per_batch
+        batches = accelerator.skip_first_batches(dataloader, done) if done else dataloader
+        due_to_save = False
         temperatures = {
             name: teacher_temperature(
                 epoch,
@@ -276,9 +303,14 @@ def main() -> None:
             budget.count(batch["broken"], len(inputs["global_pixel_values"]))
             for name in ("global_pixel_values", "local_pixel_values"):
                 inputs[name] = normalize(inputs[name], processor.image_mean, processor.image_std)
+            # Accelerate weights each batch as one of a full step's, of which an epoch's last step can have fewer
+            part = progress.samples // images_per_batch % args.gradient_accumulation_steps
+            if part == 0:
+                batches_left = len(dataloader) - progress.samples // images_per_batch
+                weight = max(args.gradient_accumulation_steps / batches_left, 1.0)
             with accelerator.accumulate(model):
-                outputs = model(**inputs, **temperatures)
-                accelerator.backward(outputs.loss)
+                outputs = model(**inputs, **temperatures, move_centers=accelerator.sync_gradients)
+                accelerator.backward(outputs.loss * weight)
                 if accelerator.sync_gradients:
                     optimizer_parameters = [p for group in optimizer.param_groups for p in group["params"]]
                     accelerator.unscale_gradients(optimizer)
@@ -288,8 +320,8 @@ def main() -> None:
                         unwrapped.student_head.drop_prototype_gradients()
                 optimizer.step()
                 optimizer.zero_grad()
-            progress.batch += 1
-            images_seen += len(inputs["global_pixel_values"]) * accelerator.num_processes
+            progress.samples += images_per_batch
+            images_seen += images_per_batch
             if not accelerator.sync_gradients:
                 continue
             unwrapped.update_teacher(momentum)
@@ -312,21 +344,33 @@ def main() -> None:
                     teacher_momentum=momentum,
                     images_per_second=images_seen / (time.perf_counter() - started),
                 )
-            if due_to_save and progress.batch < len(dataloader):
+            if stop.agreed():
+                loss = accelerator.reduce(outputs.loss.detach(), "mean").item()
+                require_finite(progress.step, output_dir, loss=loss)
+                save()
+                stop.leave()
+            if due_to_save and progress.samples < len(dataloader) * images_per_batch:
                 save()
         budget.end_epoch()
-        progress.epoch, progress.batch = epoch + 1, 0
+        progress.epoch, progress.samples = epoch + 1, 0
         if eval_dataset is not None and ((epoch + 1) % args.eval_epochs == 0 or epoch + 1 == args.epochs):
+            result = {}
             if accelerator.is_main_process:
                 result = score(unwrapped.personvit, processor, eval_dataset)
                 log.write(progress.step, epoch=epoch, mAP=result["mAP"], rank1=result["rank1"])
             accelerator.wait_for_everyone()
+            if args.keep_best:
+                save_best(accelerator, model, processor, best, progress, result.get("mAP"))
         # here and not above, so that a resumed run starts with the next epoch
         if due_to_save or (save_steps and epoch + 1 == args.epochs):
             save()
 
     bar.close()
-    save_model(accelerator, model, processor, output_dir)
+    stop.close()
+    if args.keep_best:
+        export_best(accelerator, best, output_dir)
+    else:
+        save_model(accelerator, model, processor, output_dir)
     if url := publisher.finish():
         print(f"On the Hub: {url}")
     accelerator.end_training()

@@ -1,20 +1,41 @@
-"""Resumable training state: written whole or not at all, found again, and kept by count."""
+"""Resumable training state: written whole or not at all, verified before it is used, kept by count and by score.
+
+A checkpoint is a folder of safetensors and JSON: `model.safetensors` (what `save_pretrained` stores), the optimizer's
+state by parameter name, the random generators of each process, where the run stands, and a manifest with checksums.
+It does not depend on how the run was spread over processes, and reading one runs no code from it.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from safetensors.torch import load_file, save_file
 from transformers import BaseImageProcessor
+
+from .files import check_manifest, flush_entry, flush_to_disk, rename_durably, write_manifest
+from .training_state import load_optimizer_state, load_random_states, optimizer_state, random_states, scaler_state
 
 logger = logging.getLogger(__name__)
 
 PARTIAL_SUFFIX = ".partial"
+REPLACED_SUFFIX = ".replaced"
+CORRUPT_SUFFIX = ".corrupt"
+MODEL_FILE, OPTIMIZER_FILE, RANDOM_FILE, PROGRESS_FILE = (
+    *("model.safetensors", "optimizer.safetensors", "random_states.safetensors"),
+    "progress.json",
+)
+FORMAT = 1
 
 
 @dataclass
@@ -23,32 +44,67 @@ class TrainingProgress:
 
     Args:
         epoch: The epoch under way, from 0.
-        batch: Batches of that epoch already trained on, per process.
+        samples: Samples of that epoch already trained on, by all processes together.
         step: Optimizer steps of the whole run.
+        best: Highest score of an evaluation so far, or None.
+        layout: What positions are counted in, such as `images_per_step`: a checkpoint with another layout is refused,
+            since it would go on at another place. How a step's images are dealt out to processes is no part of it.
     """
 
     epoch: int = 0
-    batch: int = 0
+    samples: int = 0
     step: int = 0
+    best: float | None = None
+    layout: dict[str, int] = field(default_factory=dict)
 
-    def state_dict(self) -> dict[str, int]:
-        """The three numbers."""
+    def state_dict(self) -> dict[str, Any]:
+        """The fields."""
         return asdict(self)
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Takes over the numbers of `state_dict`."""
-        self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over the fields of `state_dict`.
+
+        Raises:
+            ValueError: if a field is missing or no number from 0, or if the layout is another.
+        """
+        layout = state.get("layout")
+        if layout != self.layout:
+            then, now = dict(layout or {}), self.layout
+            changed = [
+                f"{name} {then.get(name)}, now {now.get(name)}"
+                for name in {**then, **now}
+                if then.get(name) != now.get(name)
+            ]
+            raise ValueError(
+                f"it counts in other units: {'; '.join(changed)}. Choose batch size and gradient accumulation so that "
+                "with this number of processes an optimizer step sees as many images as before"
+            )
+        for name in ("epoch", "samples", "step"):
+            value = state.get(name)
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"`{name}` must be a number from 0, found {value!r}")
+            setattr(self, name, value)
+        self.best = None if state.get("best") is None else float(state["best"])
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, keep: int = 2) -> Path:
-    """Saves everything that `accelerator` prepared or has registered as `folder/step-<step>`.
+def save_checkpoint(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    folder: Path,
+    step: int,
+    keep: int = 2,
+) -> Path:
+    """Saves model, optimizer, random generators and all that is registered with `accelerator` as `folder/step-<step>`.
 
-    It is written under another name and renamed when complete, so a crash or a full disk leaves the older checkpoints
-    as they were. Call it on every process.
+    It is written under another name, flushed to disk and renamed when complete, so a crash, a power cut or a full disk
+    leaves the older checkpoints as they were. Call it on every process, between optimizer steps; the main one writes.
 
     Args:
         accelerator: The run's accelerator.
-        folder: Where checkpoints lie.
+        model: The model that it prepared.
+        optimizer: The optimizer that it prepared.
+        folder: Where checkpoints lie; on a file system that all machines see.
         step: Optimizer steps done.
         keep: How many checkpoints up to this step to keep, the new one included; at least 1.
 
@@ -56,37 +112,53 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, keep: int
         The checkpoint's folder.
 
     Raises:
-        OSError: if it can't be written; the message says where, and older checkpoints are untouched.
+        OSError: on every process, if it can't be written; the message says where, and older checkpoints are untouched.
+        TypeError: if a registered object's state is no JSON.
     """
     final = folder / f"step-{step:08d}"
-    partial = final.with_name(final.name + PARTIAL_SUFFIX)
-    if accelerator.is_main_process:
+    weights = accelerator.get_state_dict(model)
+    optimizer_tensors = optimizer_state(accelerator, model, optimizer)
+    generators = random_states(accelerator)
+    position = json.dumps(_position(accelerator, optimizer), indent=1)
+
+    def write() -> None:
+        partial = final.with_name(final.name + PARTIAL_SUFFIX)
         for leftover in folder.glob(f"*{PARTIAL_SUFFIX}"):  # of a run that was killed while saving
             shutil.rmtree(leftover, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    try:
-        accelerator.save_state(str(partial), safe_serialization=True)
-        accelerator.wait_for_everyone()
-    except Exception as error:  # torch and safetensors raise their own errors for a full disk
-        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            partial.mkdir(parents=True)
+            for name, tensors in (
+                (MODEL_FILE, weights),
+                (OPTIMIZER_FILE, optimizer_tensors),
+                (RANDOM_FILE, generators),
+            ):
+                _write_tensors(tensors, partial / name)
+            (partial / PROGRESS_FILE).write_text(position + "\n")
+            write_manifest(partial)
+            flush_to_disk(partial)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        _put_in_place(partial, final)
+        # later ones are of a run that this one branched off from: not in its way, and not its own to remove
+        for old in [path for path in list_checkpoints(folder) if _step_of(path) <= step][:-keep]:
+            _remove(old)
+
+    error = _on_main_process(accelerator, write)
+    if error is not None:
         last = latest_checkpoint(folder)
         raise OSError(
             f"{final}: the checkpoint could not be written ({error}). "
             + (f"The last good one is {last}. " if last else "")
             + "Free some disk space or choose another output folder, then resume."
-        ) from error
-    if accelerator.is_main_process:
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        # later ones are of a run that this one branched off from: not in its way, and not its own to remove
-        for old in [path for path in list_checkpoints(folder) if _step_of(path) <= step][:-keep]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
+        )
     return final
 
 
 def save_model(accelerator: Accelerator, model: torch.nn.Module, processor: BaseImageProcessor, folder: Path) -> None:
     """Saves a trained model and its image processor for `from_pretrained`. Call it on every process.
+
+    Each file is written aside and renamed, so none is ever half there.
 
     Args:
         accelerator: The run's accelerator.
@@ -95,23 +167,76 @@ def save_model(accelerator: Accelerator, model: torch.nn.Module, processor: Base
         folder: The run's output folder.
 
     Raises:
-        OSError: if they can't be written; the message says where. Checkpoints are untouched.
+        OSError: on every process, if they can't be written; the message says where. Checkpoints are untouched.
     """
-    state = accelerator.get_state_dict(model)
-    try:
-        accelerator.unwrap_model(model).save_pretrained(
-            folder,
-            is_main_process=accelerator.is_main_process,
-            save_function=accelerator.save,
-            state_dict=state,
-        )
-        if accelerator.is_main_process:
-            processor.save_pretrained(folder)
-    except Exception as error:  # as above
+    weights = accelerator.get_state_dict(model)
+
+    def write() -> None:
+        with _beside(folder) as partial:
+            accelerator.unwrap_model(model).save_pretrained(partial, state_dict=weights)
+            processor.save_pretrained(partial)
+
+    error = _on_main_process(accelerator, write)
+    if error is not None:
         raise OSError(
             f"{folder}: the trained model could not be written ({error}). Free some disk space, then repeat the "
             "command with `--resume_from latest`, which goes on from the last checkpoint."
-        ) from error
+        )
+
+
+def save_best(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    processor: BaseImageProcessor,
+    folder: Path,
+    progress: TrainingProgress,
+    score: float,
+) -> bool:
+    """Saves the model as `save_model` does if its score is higher than all before. Call it on every process.
+
+    Args:
+        accelerator: The run's accelerator.
+        model: The model that `accelerator` prepared.
+        processor: Its image processor.
+        folder: Where the best model lies; `best.json` beside it holds step and score.
+        progress: The run's progress, whose `best` is updated.
+        score: This model's score, the main process's counts.
+
+    Returns:
+        Whether it is the best so far.
+
+    Raises:
+        OSError: As in `save_model`.
+    """
+    shared = [score]
+    broadcast_object_list(shared)
+    if progress.best is not None and not shared[0] > progress.best:
+        return False
+    save_model(accelerator, model, processor, folder)
+    progress.best = shared[0]
+    if accelerator.is_main_process:
+        (folder / "best.json").write_text(json.dumps({"step": progress.step, "score": progress.best}) + "\n")
+    return True
+
+
+def export_best(accelerator: Accelerator, best: Path, folder: Path) -> None:
+    """Copies what `save_best` kept to where `save_model` would have saved the last model. Call it on every process.
+
+    Args:
+        accelerator: The run's accelerator.
+        best: The folder given to `save_best`.
+        folder: The run's output folder.
+
+    Raises:
+        OSError: on every process, if it can't be read or written.
+    """
+
+    def write() -> None:
+        with _beside(folder) as partial:
+            shutil.copytree(best, partial, dirs_exist_ok=True)
+
+    if error := _on_main_process(accelerator, write):
+        raise OSError(f"{folder}: the best model, {best}, could not be copied there ({error}).")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -127,48 +252,214 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return (list_checkpoints(folder) or [None])[-1]
 
 
-def resume(accelerator: Accelerator, folder: Path, resume_from: str | None) -> Path | None:
-    """Loads a checkpoint into everything that `accelerator` prepared or has registered.
+def find_checkpoint(accelerator: Accelerator, folder: Path, resume_from: str | None) -> Path | None:
+    """The checkpoint to resume from, once its checksums are sure to be right. Call it on every process.
 
     Args:
         accelerator: The run's accelerator.
         folder: Where this run's checkpoints lie.
-        resume_from: A checkpoint's folder, "latest" for the newest in `folder`, or None to start anew.
+        resume_from: A checkpoint's folder, "latest" for the newest in `folder` that is whole, or None to start anew.
+            Newer ones that are damaged are named in the log, and renamed so that they don't come up again.
 
     Returns:
-        What was loaded, or None for a new run ("latest" in a folder without checkpoints is one, so that the same
-        command starts and restarts a job).
+        Its folder, or None for a new run ("latest" in a folder without checkpoints is one, so that the same command
+        starts and restarts a job).
 
     Raises:
         FileNotFoundError: if `resume_from` names a folder that is not there.
         FileExistsError: if a new run would mix with the checkpoints of an old one.
-        ValueError: if the checkpoint does not fit the model, or is no complete checkpoint.
+        ValueError: if it is damaged or no complete checkpoint, with "latest" if all are.
     """
-    found = latest_checkpoint(folder)
+    found: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            found = [_find(folder, resume_from)]
+        except (OSError, ValueError) as error:
+            found = [error]
+    broadcast_object_list(found)
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
+
+
+def load_weights(model: torch.nn.Module, checkpoint: Path) -> None:
+    """Loads a checkpoint's weights, centers included, into a model that no accelerator has prepared yet.
+
+    Raises:
+        ValueError: if they don't fit the model.
+    """
+    try:
+        model.load_state_dict(load_file(checkpoint / MODEL_FILE))
+    except Exception as error:  # torch and safetensors raise their own errors for what they can't read
+        raise _does_not_fit(checkpoint, error) from error
+
+
+def restore(
+    accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path
+) -> None:
+    """Loads all of a checkpoint but the weights, once everything is prepared and registered. Call it on every process.
+
+    Random generators of a process that was not there when the checkpoint was written stay as they are, which the log
+    tells: dropout then draws other numbers than in an unbroken run.
+
+    Args:
+        accelerator: The run's accelerator.
+        model: The model that it prepared, with the checkpoint's weights.
+        optimizer: The optimizer that it prepared.
+        checkpoint: Folder that `find_checkpoint` returned.
+
+    Raises:
+        ValueError: if it does not fit the run, such as another number of images a step.
+    """
+    try:
+        position = json.loads((checkpoint / PROGRESS_FILE).read_text())
+        _load_position(accelerator, optimizer, position)
+        load_optimizer_state(accelerator, model, optimizer, load_file(checkpoint / OPTIMIZER_FILE))
+        if not load_random_states(accelerator, load_file(checkpoint / RANDOM_FILE)):
+            logger.warning(
+                "%s is of a run with fewer processes: process %d starts with random generators of its own.",
+                *(checkpoint, accelerator.process_index),
+            )
+    except Exception as error:  # as above
+        raise _does_not_fit(checkpoint, error) from error
+
+
+def _position(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "num_processes": accelerator.num_processes,
+        "optimizer": _optimizer_name(optimizer),
+        "scaler": scaler_state(accelerator),
+        # what scripts gave to `register_for_checkpointing`; it has no public reader
+        "registered": [[type(item).__name__, item.state_dict()] for item in accelerator._custom_objects],
+    }
+
+
+def _load_position(accelerator: Accelerator, optimizer: torch.optim.Optimizer, position: dict[str, Any]) -> None:
+    if position["format"] != FORMAT:
+        raise ValueError(f"it has format {position['format']}, and this version reads format {FORMAT}")
+    if position["optimizer"] != _optimizer_name(optimizer):
+        raise ValueError(f"its optimizer is {position['optimizer']}, and this run's {_optimizer_name(optimizer)}")
+    names = [type(item).__name__ for item in accelerator._custom_objects]
+    stored = [name for name, _ in position["registered"]]
+    if names != stored:
+        raise ValueError(f"it holds the states of {stored}, expected {names}")
+    if (accelerator.scaler is None) != (position["scaler"] is None):
+        raise ValueError("one of both trains in fp16, with a loss scaler, and the other does not")
+    for item, (_, state) in zip(accelerator._custom_objects, position["registered"], strict=True):
+        item.load_state_dict(state)
+    if accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(position["scaler"])
+
+
+def _optimizer_name(optimizer: torch.optim.Optimizer) -> str:
+    while hasattr(optimizer, "optimizer"):  # Accelerate's and DeepSpeed's wrappers
+        optimizer = optimizer.optimizer
+    return type(optimizer).__name__
+
+
+def _find(folder: Path, resume_from: str | None) -> Path | None:
+    for replaced in folder.glob(f"step-*{REPLACED_SUFFIX}"):  # of a run that was killed between two renames
+        original = replaced.with_name(replaced.name.removesuffix(REPLACED_SUFFIX))
+        if not original.exists():
+            replaced.rename(original)
+    available = list_checkpoints(folder)
     if resume_from is None:
-        if found is not None:
+        if available:
             raise FileExistsError(
-                f"{folder} holds checkpoints of an earlier run (the last is {found.name}). "
+                f"{folder} holds checkpoints of an earlier run (the last is {available[-1].name}). "
                 "Continue it with `--resume_from latest`, or choose another `--output_dir`."
             )
         return None
-    checkpoint = found if resume_from == "latest" else Path(resume_from)
-    if checkpoint is None:
-        logger.info("No checkpoint in %s yet: starting anew.", folder)
-        return None
-    if not checkpoint.is_dir():
-        raise FileNotFoundError(f"`resume_from` {checkpoint}: no such checkpoint folder.")
+    if resume_from != "latest":
+        if not Path(resume_from).is_dir():
+            raise FileNotFoundError(f"`resume_from` {resume_from}: no such checkpoint folder.")
+        if problem := _problem(Path(resume_from)):
+            raise ValueError(
+                f"{resume_from}: not a complete checkpoint: {problem}. Give a folder `step-...` or `latest`."
+            )
+        return Path(resume_from)
+    problems = []
+    for checkpoint in reversed(available):
+        problem = _problem(checkpoint)
+        if problem is None:
+            for damaged, what in problems:
+                logger.warning("%s is damaged: %s. Resuming from %s.", damaged, what, checkpoint)
+                aside = damaged.with_name(damaged.name + CORRUPT_SUFFIX)
+                shutil.rmtree(aside, ignore_errors=True)
+                damaged.rename(aside)
+            return checkpoint
+        problems.append((checkpoint, problem))
+    if problems:
+        listed = "; ".join(f"{checkpoint.name}: {problem}" for checkpoint, problem in problems)
+        raise ValueError(f"{folder}: not a complete checkpoint among {len(problems)}: {listed}.")
+    logger.info("No checkpoint in %s yet: starting anew.", folder)
+    return None
+
+
+def _problem(checkpoint: Path) -> str | None:
     try:
-        accelerator.load_state(str(checkpoint))
-    except OSError as error:
-        raise ValueError(
-            f"{checkpoint}: not a complete checkpoint: {error}. Give a folder `step-...` or `latest`."
-        ) from error
-    except Exception as error:  # torch, pickle and safetensors raise their own errors for what they can't read
-        raise ValueError(
-            f"{checkpoint}: this checkpoint does not fit the run: {error}. Resume with the settings it was made with."
-        ) from error
-    return checkpoint
+        check_manifest(checkpoint)
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def _does_not_fit(checkpoint: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{checkpoint}: this checkpoint does not fit the run: {error}. Resume with the settings it was made with."
+    )
+
+
+def _on_main_process(accelerator: Accelerator, action: Callable[[], None]) -> str | None:
+    """Runs it on the main process while all wait; what went wrong is returned on every one, so that none is left."""
+    problem: list[str | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            action()
+        except Exception as error:  # torch and safetensors raise their own errors for a full disk
+            logger.debug("", exc_info=True)
+            problem = [str(error) or type(error).__name__]
+    broadcast_object_list(problem)
+    return problem[0]
+
+
+def _write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+
+
+def _put_in_place(partial: Path, final: Path) -> None:
+    """A folder can't be replaced in one step; `_find` undoes the first rename if the second never came."""
+    replaced = final.with_name(final.name + REPLACED_SUFFIX)
+    if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+    rename_durably(partial, final)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Under another name, so that a crash leaves no checkpoint with files missing."""
+    aside = checkpoint.with_name(checkpoint.name + PARTIAL_SUFFIX)
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def _beside(folder: Path) -> Iterator[Path]:
+    """An empty folder to write files to, which move to `folder` one by one when all are written and flushed."""
+    partial = folder / f"model{PARTIAL_SUFFIX}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        flush_to_disk(partial)
+        for path in sorted(partial.iterdir()):
+            path.replace(folder / path.name)
+        flush_entry(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _step_of(checkpoint: Path) -> int:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 1 << 20
 
 
 @contextmanager
@@ -54,3 +59,66 @@ def _check_replaceable(output: Path, new: Path) -> None:
     others = {path.name for path in output.iterdir()} - {path.name for path in new.iterdir()} if new.is_dir() else ()
     if others:
         raise FileExistsError(f"{output} holds other files, which would be lost: {sorted(others)[:5]}.")
+
+
+def flush_to_disk(folder: Path) -> None:
+    """Waits until a folder and all in it would survive a power cut (fsync)."""
+    for path in (*folder.rglob("*"), folder):
+        flush_entry(path)
+
+
+def flush_entry(path: Path) -> None:
+    """Waits until a file, or the list of names in a folder, would survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def rename_durably(source: Path, target: Path) -> None:
+    """Renames a file or folder, and waits until the new name would survive a power cut."""
+    source.rename(target)
+    flush_entry(target.parent)
+
+
+def write_manifest(folder: Path) -> None:
+    """Writes `manifest.json` with the size and SHA-256 of each file in the folder."""
+    files = {path.name: _fingerprint(path) for path in sorted(folder.iterdir())}
+    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n")
+
+
+def check_manifest(folder: Path) -> None:
+    """Compares a folder with its `manifest.json`.
+
+    Raises:
+        ValueError: if a file is missing, was added or changed, or if there is no manifest that can be read.
+    """
+    path = folder / MANIFEST
+    try:
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise ValueError(f"larger than {MAX_MANIFEST_BYTES} bytes")
+        files = json.loads(path.read_text())["files"]
+        expected = {str(name): (entry["size"], entry["sha256"]) for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} can't be read ({error})") from error
+    found = {entry.name for entry in folder.iterdir()} - {MANIFEST}
+    if found != set(expected):
+        missing, unexpected = sorted(set(expected) - found), sorted(found - set(expected))
+        raise ValueError(f"missing files {missing}, unexpected files {unexpected}")
+    for name in sorted(found):
+        entry = folder / name
+        if not entry.is_file() or entry.stat().st_size != expected[name][0]:
+            raise ValueError(f"{name} has not the size of {expected[name][0]} bytes that it was written with")
+    for name in sorted(found):
+        if _fingerprint(folder / name)["sha256"] != expected[name][1]:
+            raise ValueError(f"{name} has changed since it was written (SHA-256)")
+
+
+def _fingerprint(path: Path) -> dict[str, int | str]:
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+            size += len(block)
+    return {"size": size, "sha256": digest.hexdigest()}

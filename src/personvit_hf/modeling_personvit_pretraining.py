@@ -187,7 +187,8 @@ class PersonViTForPreTraining(PersonViTPreTrainedModel):
 
     The teacher's backbone is `personvit`, so that `AutoModel.from_pretrained` on a pre-training checkpoint gives it;
     the student's is `student`. The teacher takes no gradient: after each optimizer step call
-    [`~PersonViTForPreTraining.update_teacher`]. In training mode each forward pass moves the centers.
+    [`~PersonViTForPreTraining.update_teacher`]. In training mode each forward pass moves the centers; where several
+    make up one optimizer step, only the last one should (`move_centers`).
     """
 
     main_input_name = "global_pixel_values"
@@ -206,6 +207,7 @@ class PersonViTForPreTraining(PersonViTPreTrainedModel):
         num_patch_prototypes = config.num_cls_prototypes if teacher_shared else config.num_patch_prototypes
         self.register_buffer("center", torch.zeros(config.num_cls_prototypes))
         self.register_buffer("patch_center", torch.zeros(num_patch_prototypes))
+        self._pending_means: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.freeze()
         self.post_init()
 
@@ -274,18 +276,22 @@ class PersonViTForPreTraining(PersonViTPreTrainedModel):
         torch._foreach_lerp_(teacher, student, 1.0 - momentum)
 
     @torch.no_grad()
-    def _update_centers(self, cls_logits: torch.Tensor, patch_bottleneck: torch.Tensor) -> None:
+    def _update_centers(self, cls_logits: torch.Tensor, patch_bottleneck: torch.Tensor, move: bool) -> None:
         """Moves both centers towards the mean of the raw teacher logits over the batch of all processes.
 
         The patch center averages all patches, masked or not (iBOT). Their logits are linear in the bottleneck, so
-        the prototypes are applied once, to the mean.
+        the prototypes are applied once, to the mean. Without `move` the means wait for the pass that moves.
         """
         prototypes = self.teacher_head.patch_prototypes or self.teacher_head.cls_prototypes
         with torch.autocast(cls_logits.device.type, enabled=False):
             patch_mean = at_least_float32(patch_bottleneck).mean((0, 1)).to(prototypes.direction.dtype)
             means = at_least_float32(cls_logits).mean(0), prototypes(patch_mean)
-        for center, mean in zip((self.center, self.patch_center), means, strict=True):
-            mean = mean.to(center.dtype)
+        self._pending_means.append(means)
+        if not move:
+            return
+        pending, self._pending_means = self._pending_means, []
+        for center, *parts in zip((self.center, self.patch_center), *pending, strict=True):
+            mean = torch.stack(parts).mean(0).to(center.dtype)
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.all_reduce(mean)
                 mean = mean / torch.distributed.get_world_size()
@@ -300,6 +306,7 @@ class PersonViTForPreTraining(PersonViTPreTrainedModel):
         teacher_temperature: float = 0.04,
         teacher_patch_temperature: float = 0.04,
         output_logits: bool = False,
+        move_centers: bool = True,
         **kwargs: Unpack[TransformersKwargs],
     ) -> PersonViTForPreTrainingOutput:
         r"""
@@ -313,6 +320,8 @@ class PersonViTForPreTraining(PersonViTPreTrainedModel):
             teacher_temperature (`float`): Temperature of the teacher's [CLS] softmax.
             teacher_patch_temperature (`float`): Temperature of the teacher's patch softmax.
             output_logits (`bool`): Whether to return the logits, which are large.
+            move_centers (`bool`): In training mode, whether this pass ends an optimizer step. The centers then move
+                once, towards the mean over all passes since the last step; until then all see the same centers.
 
         Raises:
             ValueError: if an input has another shape.
@@ -332,9 +341,8 @@ class PersonViTForPreTraining(PersonViTPreTrainedModel):
         masked = self.student(views, bool_masked_pos=masks, **kwargs)
         cls_tokens, num_student_global = self._student_cls_tokens(masked.pooler_output, views, local_pixel_values)
         student_cls = self.student_head.cls_logits(self.student_head.project(cls_tokens))
-        student_patches = self.student_head.patch_logits(
-            self.student_head.project(masked.last_hidden_state[:, first_patch:][masks])
-        )
+        masked_tokens = masked.last_hidden_state[:, first_patch:][masks]
+        student_patches = self.student_head.patch_logits(self.student_head.project(masked_tokens))
 
         temperature = self.config.student_temperature
         cls_loss = dino_loss(
@@ -349,7 +357,7 @@ class PersonViTForPreTraining(PersonViTPreTrainedModel):
             spread_loss = koleo_loss(cls_tokens[:, :2])
             loss = loss + self.config.koleo_loss_weight * spread_loss
         if self.training:
-            self._update_centers(teacher_cls, teacher_bottleneck[:, first_patch:])
+            self._update_centers(teacher_cls, teacher_bottleneck[:, first_patch:], move_centers)
         logits = {}
         if output_logits:
             logits = {

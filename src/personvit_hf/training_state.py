@@ -1,0 +1,160 @@
+"""The state of a training run as plain tensors by parameter name, the same whatever shards the run.
+
+Optimizer states are gathered to whole tensors and cut up again on loading, so a run moves between one process, DDP,
+FSDP2 and DeepSpeed. Nothing here is pickled to a file: tensors go to safetensors, the rest to JSON.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+# between a parameter's name and that of one of its optimizer states, and between a process and one of its generators
+SEPARATOR = "/"
+
+
+def optimizer_state(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, torch.Tensor]:
+    """An optimizer's whole state. Call it on every process.
+
+    Args:
+        accelerator: The run's accelerator.
+        model: The model that `accelerator` prepared.
+        optimizer: The optimizer that `accelerator` prepared.
+
+    Returns:
+        CPU tensors by `<parameter name>/<state>`, such as `head.weight/exp_avg`; on the main process, and empty on
+        others.
+    """
+    names = {parameter: name for name, parameter in accelerator.unwrap_model(model).named_parameters()}
+    state = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if value is None:  # SGD's momentum before the first step
+                    continue
+                whole = value.full_tensor() if isinstance(value, DTensor) else torch.as_tensor(value)
+                if accelerator.is_main_process:
+                    state[f"{names[parameter]}{SEPARATOR}{key}"] = whole.detach().cpu().contiguous()
+    return state
+
+
+def load_optimizer_state(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, torch.Tensor]
+) -> None:
+    """Puts what `optimizer_state` returned into an optimizer.
+
+    Args:
+        accelerator: The run's accelerator.
+        model: The model that `accelerator` prepared.
+        optimizer: The optimizer that `accelerator` prepared.
+        state: Whole tensors, on every process.
+
+    Raises:
+        ValueError: if a parameter is unknown, or a state has another shape than its parameter.
+    """
+    by_name: dict[str, dict[str, torch.Tensor]] = {}
+    for name, value in state.items():
+        parameter, _, key = name.rpartition(SEPARATOR)
+        by_name.setdefault(parameter, {})[key] = value
+    parameters = dict(accelerator.unwrap_model(model).named_parameters())
+    for name, values in by_name.items():
+        for key, value in values.items():
+            _check_state(name, key, value, parameters.get(name))
+    names = {parameter: name for name, parameter in parameters.items()}
+    ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    indexed = {
+        index: {key: _sharded_like(parameter, value) for key, value in by_name[names[parameter]].items()}
+        for index, parameter in enumerate(ordered)
+        if names[parameter] in by_name
+    }
+    # learning rates and the like are functions of settings and step: the groups keep what they have
+    torch_optimizer = getattr(optimizer, "optimizer", optimizer)
+    torch_optimizer.load_state_dict({"state": indexed, "param_groups": torch_optimizer.state_dict()["param_groups"]})
+
+
+def _check_state(name: str, key: str, value: torch.Tensor, parameter: nn.Parameter | None) -> None:
+    if parameter is None or not parameter.requires_grad:
+        raise ValueError(f"optimizer state of {name!r}, which is no trained parameter of this model")
+    if value.ndim and value.shape != parameter.shape:
+        raise ValueError(
+            f"optimizer state {key!r} of {name!r}: shape {tuple(value.shape)}, expected {tuple(parameter.shape)}"
+        )
+
+
+def _sharded_like(parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
+    if value.ndim and isinstance(parameter, DTensor):
+        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return value
+
+
+def random_states(accelerator: Accelerator) -> dict[str, torch.Tensor]:
+    """The states of all random generators of all processes. Call it on every process.
+
+    Returns:
+        CPU tensors by `<process>/<generator>`; on the main process, and empty on others.
+    """
+    _, python_state, gauss = random.getstate()
+    _, words, position, has_gauss, cached_gauss = np.random.get_state()
+    own = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor(python_state, dtype=torch.int64),
+        "python_gauss": torch.tensor(np.nan if gauss is None else gauss, dtype=torch.float64),
+        "numpy": torch.from_numpy(words.astype(np.int64)),
+        "numpy_position": torch.tensor([position, has_gauss], dtype=torch.int64),
+        "numpy_gauss": torch.tensor(cached_gauss, dtype=torch.float64),
+    }
+    device = accelerator.device.type
+    if device in ("cuda", "xpu", "mps"):
+        own[device] = getattr(torch, device).get_rng_state()
+    gathered = gather_object([own])
+    if not accelerator.is_main_process:
+        return {}
+    return {
+        f"{process}{SEPARATOR}{name}": state
+        for process, states in enumerate(gathered)
+        for name, state in states.items()
+    }
+
+
+def load_random_states(accelerator: Accelerator, states: dict[str, torch.Tensor]) -> bool:
+    """Sets this process's generators to what `random_states` found.
+
+    Returns:
+        False, and nothing is set, if there are no states of this process: it ran with fewer then.
+
+    Raises:
+        ValueError: if a state is not one of its generator.
+    """
+    prefix = f"{accelerator.process_index}{SEPARATOR}"
+    own = {name.removeprefix(prefix): state for name, state in states.items() if name.startswith(prefix)}
+    if not own:
+        return False
+    try:
+        gauss = own["python_gauss"].item()
+        random.setstate((3, tuple(own["python"].tolist()), None if np.isnan(gauss) else gauss))
+        position, has_gauss = own["numpy_position"].tolist()
+        words = own["numpy"].numpy().astype(np.uint32)
+        if words.shape != (624,) or not 0 <= position <= 624:  # which numpy takes unchecked
+            raise ValueError(f"numpy: {words.shape} words at position {position}")
+        np.random.set_state(("MT19937", words, position, has_gauss, own["numpy_gauss"].item()))
+        torch.set_rng_state(own["torch"])
+        device = accelerator.device.type
+        if device in own:
+            getattr(torch, device).set_rng_state(own[device])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"the states of the random generators can't be used: {error}") from error
+    return True
+
+
+def scaler_state(accelerator: Accelerator) -> dict[str, Any] | None:
+    """State of the loss scaler of fp16 training, plain numbers; None without one."""
+    return None if accelerator.scaler is None else accelerator.scaler.state_dict()
