@@ -16,8 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, set_seed
+from accelerate.utils import set_seed
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
@@ -33,6 +32,7 @@ from personvit_hf.checkpointing import (
     save_checkpoint,
     save_model,
 )
+from personvit_hf.distributed import make_accelerator, whole_module
 from personvit_hf.hub import RunPublisher
 from personvit_hf.person_images import BrokenImage, BrokenImageBudget, PersonImages
 from personvit_hf.preemption import StopRequest, ignore_stop_requests
@@ -93,6 +93,7 @@ class FinetuneArguments:
     keep_best: bool = option(
         False, "Keep the model with the highest mAP in `best`; it becomes the run's result, chosen on the test data."
     )
+    timeout_minutes: float = option(30.0, "Minutes that processes wait for each other before they give up.")
     report_to: str | None = option(None, "tensorboard or trackio, beside metrics.jsonl.")
     push_to_hub: bool = option(
         False, "Push model, processor, card and code to the Hub: in the background, and at the end."
@@ -178,12 +179,12 @@ def main() -> None:
     if args.keep_best and not args.eval_epochs:
         raise ValueError("`keep_best` needs `eval_epochs` to tell which model is the best.")
     output_dir = Path(args.output_dir)
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        dataloader_config=DataLoaderConfiguration(even_batches=False),
-        log_with=args.report_to,
-        project_dir=output_dir,
+    accelerator = make_accelerator(
+        output_dir,
+        args.mixed_precision,
+        args.gradient_accumulation_steps,
+        args.report_to,
+        args.timeout_minutes,
     )
 
     # Data, model, optimizer
@@ -205,7 +206,6 @@ def main() -> None:
     optimizer = build_optimizer(args, model)
     set_seed(args.seed, device_specific=True)
     model, optimizer, dataloader = accelerator.prepare(model, optimizer, dataloader)
-    unwrapped = accelerator.unwrap_model(model)
     if len(dataloader) == 0:
         raise ValueError(
             f"{args.data} has fewer batches of `identities_per_batch` x `images_per_identity` images than the "
@@ -295,9 +295,9 @@ def main() -> None:
         if images_seen:  # else the run was stopped after the epoch's last step
             require_finite_loss()
         if args.eval_epochs and progress.epoch % args.eval_epochs == 0:
-            result = {}
+            result, whole = {}, whole_module(accelerator, model)
             if accelerator.is_main_process:
-                result = score(unwrapped, processor, dataset, args.use_cameras)
+                result = score(whole.to(accelerator.device), processor, dataset, args.use_cameras)
                 log.write(progress.step, epoch=epoch, mAP=result["mAP"], rank1=result["rank1"])
             accelerator.wait_for_everyone()
             if args.keep_best:

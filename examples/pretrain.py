@@ -15,8 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, set_seed
+from accelerate.utils import set_seed
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
@@ -38,13 +37,22 @@ from personvit_hf.checkpointing import (
     save_checkpoint,
     save_model,
 )
+from personvit_hf.distributed import (
+    backward,
+    clip_gradients,
+    forget_frozen_steps,
+    freeze_step,
+    make_accelerator,
+    optimizer_step,
+    split_frozen_group,
+    whole_module,
+)
 from personvit_hf.hub import RunPublisher
 from personvit_hf.masking import BlockMasking
 from personvit_hf.person_images import BrokenImage, BrokenImageBudget, PersonImages
 from personvit_hf.preemption import StopRequest, ignore_stop_requests
 from personvit_hf.sampling import EpochSampler
 from personvit_hf.schedules import (
-    clip_gradients_per_parameter,
     pretraining_parameter_groups,
     teacher_temperature,
     warmup_cosine,
@@ -116,6 +124,7 @@ class PretrainArguments:
     eval_data: str | None = option(None, "Labelled data set to score the teacher on during training.")
     eval_epochs: int = option(10, "Epochs between two scores.")
     keep_best: bool = option(False, "Keep the model with the highest mAP in `best`; it becomes the run's result.")
+    timeout_minutes: float = option(30.0, "Minutes that processes wait for each other before they give up.")
     report_to: str | None = option(None, "tensorboard or trackio, beside metrics.jsonl.")
     push_to_hub: bool = option(
         False, "Push model, processor, card and code to the Hub: in the background, and at the end."
@@ -200,12 +209,12 @@ def main() -> None:
     if args.keep_best and not args.eval_data:
         raise ValueError("`keep_best` needs `eval_data` to tell which model is the best.")
     output_dir = Path(args.output_dir)
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        dataloader_config=DataLoaderConfiguration(even_batches=False),
-        log_with=args.report_to,
-        project_dir=output_dir,
+    accelerator = make_accelerator(
+        output_dir,
+        args.mixed_precision,
+        args.gradient_accumulation_steps,
+        args.report_to,
+        args.timeout_minutes,
     )
 
     # Model, data, optimizer
@@ -220,7 +229,10 @@ def main() -> None:
     processor = PersonViTImageProcessor(size={"height": height, "width": width})
     dataloader = build_dataloader(args, config)
     eval_dataset = load_reid_dataset(args.eval_data) if args.eval_data else None
-    optimizer = torch.optim.AdamW(pretraining_parameter_groups(model, args.weight_decay), lr=args.learning_rate)
+    groups = pretraining_parameter_groups(model, args.weight_decay)
+    if args.freeze_last_layer_epochs:
+        groups = split_frozen_group(accelerator, groups, model.student_head.prototype_parameters())
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate)
     set_seed(args.seed, device_specific=True)
     model, optimizer, dataloader = accelerator.prepare(model, optimizer, dataloader)
     unwrapped = accelerator.unwrap_model(model)
@@ -310,16 +322,17 @@ def main() -> None:
                 weight = max(args.gradient_accumulation_steps / batches_left, 1.0)
             with accelerator.accumulate(model):
                 outputs = model(**inputs, **temperatures, move_centers=accelerator.sync_gradients)
-                accelerator.backward(outputs.loss * weight)
+                backward(accelerator, model, outputs.loss * weight)
+                frozen = epoch < args.freeze_last_layer_epochs
                 if accelerator.sync_gradients:
-                    optimizer_parameters = [p for group in optimizer.param_groups for p in group["params"]]
                     accelerator.unscale_gradients(optimizer)
                     if args.clip_gradients:
-                        clip_gradients_per_parameter(optimizer_parameters, args.clip_gradients)
-                    if epoch < args.freeze_last_layer_epochs:
-                        unwrapped.student_head.drop_prototype_gradients()
-                optimizer.step()
-                optimizer.zero_grad()
+                        clip_gradients(accelerator, model, args.clip_gradients)
+                    if frozen:
+                        freeze_step(accelerator, optimizer, unwrapped.student_head.prototype_parameters())
+                optimizer_step(accelerator, model, optimizer)
+                if frozen:
+                    forget_frozen_steps(accelerator, optimizer)
             progress.samples += images_per_batch
             images_seen += images_per_batch
             if not accelerator.sync_gradients:
@@ -354,9 +367,9 @@ def main() -> None:
         budget.end_epoch()
         progress.epoch, progress.samples = epoch + 1, 0
         if eval_dataset is not None and ((epoch + 1) % args.eval_epochs == 0 or epoch + 1 == args.epochs):
-            result = {}
+            result, teacher = {}, whole_module(accelerator, model, "personvit")
             if accelerator.is_main_process:
-                result = score(unwrapped.personvit, processor, eval_dataset)
+                result = score(teacher.to(accelerator.device), processor, eval_dataset)
                 log.write(progress.step, epoch=epoch, mAP=result["mAP"], rank1=result["rank1"])
             accelerator.wait_for_everyone()
             if args.keep_best:

@@ -69,6 +69,9 @@ def _run(script: str, output: str, environment: dict[str, str], settings: dict) 
     sys.path.insert(0, str(Path(__file__).parent))
     from test_examples import run
 
+    if "ACCELERATE_USE_FSDP" in environment:
+        _shard_on_cpu()
+    _tell_how_much_is_held()
     if "STOP_AFTER" in environment:
         _stop_after(int(environment["STOP_AFTER"]))
     try:
@@ -90,3 +93,29 @@ def _stop_after(step: int) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     MetricsLog.write = write_and_stop
+
+
+def _shard_on_cpu() -> None:
+    """Accelerate shards on GPUs only; it is told that these are some."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    PartialState(cpu=True, backend="gloo")
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def _tell_how_much_is_held() -> None:
+    """Prints, at each update of the teacher, the share of its elements that this process moves."""
+    from personvit_hf import modeling_personvit_pretraining as modeling
+
+    model_class = modeling.PersonViTForPreTraining
+    update = model_class.update_teacher
+
+    def update_and_tell(self, momentum: float) -> None:
+        teacher = [parameter for parameter, _ in self.teacher_student_pairs()]
+        held = sum(part.numel() for parameter in teacher for part in modeling._own_parts(parameter))
+        whole = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in teacher)
+        sys.stdout.write(f"holds {held / whole:.3f} of the teacher\n")
+        update(self, momentum)
+
+    model_class.update_teacher = update_and_tell

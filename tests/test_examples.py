@@ -92,8 +92,9 @@ def run(script: str, *flags: str, **settings) -> None:
     """The script in this process: importing its libraries takes seconds, and here they are."""
     argv, threads, on_stop = sys.argv, torch.get_num_threads(), signal.getsignal(signal.SIGTERM)
     torch.set_num_threads(1)  # as processes of their own have: sums depend on it
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    if not torch.distributed.is_initialized():  # nothing left of a script before
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
     sys.argv = [script, *flags, *as_flags(settings)]
     try:
         runpy.run_path(str(EXAMPLES / script), run_name="__main__")

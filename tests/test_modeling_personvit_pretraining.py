@@ -55,7 +55,8 @@ def run_step(model: PersonViTForPreTraining, optimizer, facts: dict, step: int, 
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     clip_gradients_per_parameter(model.parameters(), facts["config"]["clip"])
     if facts["variant"]["freezing_active"]:
-        model.student_head.drop_prototype_gradients()
+        for parameter in model.student_head.prototype_parameters():
+            parameter.grad = None
     optimizer.step()
     model.update_teacher(schedule["teacher_momentum"])
     return output, gradients
@@ -319,7 +320,8 @@ def test_teacher_takes_no_gradient_and_no_noise():
     trained = {name for name, value in model.named_parameters() if value.grad is not None}
     assert trained == {name for name, value in model.named_parameters() if value.requires_grad}
     assert trained and all(name.startswith("student") and not name.endswith("gain") for name in trained)
-    model.student_head.drop_prototype_gradients()
+    for parameter in model.student_head.prototype_parameters():
+        parameter.grad = None
     assert {name for name in trained if model.get_parameter(name).grad is None} == {
         f"student_head.{part}_prototypes.direction" for part in ("cls", "patch")
     }

@@ -23,6 +23,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from transformers import BaseImageProcessor
 
+from .distributed import whole_module
 from .files import check_manifest, flush_entry, flush_to_disk, rename_durably, write_manifest
 from .training_state import load_optimizer_state, load_random_states, optimizer_state, random_states, scaler_state
 
@@ -169,11 +170,11 @@ def save_model(accelerator: Accelerator, model: torch.nn.Module, processor: Base
     Raises:
         OSError: on every process, if they can't be written; the message says where. Checkpoints are untouched.
     """
-    weights = accelerator.get_state_dict(model)
+    whole = whole_module(accelerator, model)
 
     def write() -> None:
         with _beside(folder) as partial:
-            accelerator.unwrap_model(model).save_pretrained(partial, state_dict=weights)
+            whole.save_pretrained(partial)
             processor.save_pretrained(partial)
 
     error = _on_main_process(accelerator, write)
@@ -327,6 +328,7 @@ def restore(
 def _position(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {
         "format": FORMAT,
+        "distributed_type": accelerator.distributed_type.value,
         "num_processes": accelerator.num_processes,
         "optimizer": _optimizer_name(optimizer),
         "scaler": scaler_state(accelerator),

@@ -59,11 +59,10 @@ class PersonViTProjectionHead(nn.Module):
         """Unit vectors of patch tokens to (..., patch prototypes)."""
         return (self.patch_prototypes or self.cls_prototypes)(bottleneck)
 
-    def drop_prototype_gradients(self) -> None:
-        """Forgets the prototypes' gradients, so that the optimizer leaves them as they are (DINO, first epoch)."""
-        for prototypes in (self.cls_prototypes, self.patch_prototypes):
-            for parameter in prototypes.parameters() if prototypes is not None else ():
-                parameter.grad = None
+    def prototype_parameters(self) -> list[nn.Parameter]:
+        """What stays as it is while the last layer is frozen (DINO, first epoch)."""
+        modules = [module for module in (self.cls_prototypes, self.patch_prototypes) if module is not None]
+        return [parameter for module in modules for parameter in module.parameters()]
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
@@ -146,6 +145,16 @@ def koleo_loss(cls_tokens: torch.Tensor) -> torch.Tensor:
             nearest = similarities.argmax(-1, keepdim=True).expand_as(features)
         distances = nn.functional.pairwise_distance(features, features.gather(1, nearest), eps=1e-8)
     return -(distances + 1e-8).log().mean()
+
+
+def _own_parts(parameter: nn.Parameter) -> list[torch.Tensor]:
+    """What this process holds of a parameter: all of it, or its shard under FSDP2 (a DTensor) or DeepSpeed's ZeRO-3.
+
+    Parameters of one shape are cut alike. ZeRO-3 keeps small ones whole beside their shard.
+    """
+    if hasattr(parameter, "ds_tensor"):
+        return [parameter.ds_tensor] + [parameter.data] * (parameter.numel() == parameter.ds_numel)
+    return [parameter.to_local() if hasattr(parameter, "to_local") else parameter]
 
 
 @dataclass
@@ -273,6 +282,7 @@ class PersonViTForPreTraining(PersonViTPreTrainedModel):
         if not 0.0 <= momentum <= 1.0:
             raise ValueError(f"`momentum` must lie in [0, 1], got {momentum}.")
         teacher, student = zip(*self.teacher_student_pairs(), strict=True)
+        teacher, student = ([part for p in side for part in _own_parts(p)] for side in (teacher, student))
         torch._foreach_lerp_(teacher, student, 1.0 - momentum)
 
     @torch.no_grad()

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from .distributed import deepspeed_partitions
 
 # between a parameter's name and that of one of its optimizer states, and between a process and one of its generators
 SEPARATOR = "/"
@@ -35,6 +37,8 @@ def optimizer_state(
         others.
     """
     names = {parameter: name for name, parameter in accelerator.unwrap_model(model).named_parameters()}
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return _deepspeed_state(accelerator, names, optimizer.optimizer)
     state = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -70,6 +74,9 @@ def load_optimizer_state(
         for key, value in values.items():
             _check_state(name, key, value, parameters.get(name))
     names = {parameter: name for name, parameter in parameters.items()}
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        _load_deepspeed_state(names, optimizer.optimizer, by_name)
+        return
     ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     indexed = {
         index: {key: _sharded_like(parameter, value) for key, value in by_name[names[parameter]].items()}
@@ -79,6 +86,63 @@ def load_optimizer_state(
     # learning rates and the like are functions of settings and step: the groups keep what they have
     torch_optimizer = getattr(optimizer, "optimizer", optimizer)
     torch_optimizer.load_state_dict({"state": indexed, "param_groups": torch_optimizer.state_dict()["param_groups"]})
+
+
+def _deepspeed_state(accelerator: Accelerator, names: dict[nn.Parameter, str], zero: Any) -> dict[str, torch.Tensor]:
+    """`optimizer_state` of DeepSpeed's flat partitions."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    state = {}
+    _link_deepspeed_state(zero)
+    for _, parameters, partition in deepspeed_partitions(zero):
+        flat = zero.optimizer.state.get(partition, {})
+        if not flat or not flat.get("step", 1):  # no step yet, or frozen so far
+            continue
+        for parameter in parameters:
+            for key, value in flat.items():
+                if value is None:
+                    continue
+                is_flat = torch.is_tensor(value) and value.shape == partition.shape
+                whole = safe_get_full_optimizer_state(parameter, key) if is_flat else torch.as_tensor(value)
+                if accelerator.is_main_process:
+                    state[f"{names[parameter]}{SEPARATOR}{key}"] = whole.detach().cpu().clone()
+    return state
+
+
+def _load_deepspeed_state(
+    names: dict[nn.Parameter, str], zero: Any, by_name: dict[str, dict[str, torch.Tensor]]
+) -> None:
+    """Inverse of `_deepspeed_state`."""
+    from deepspeed.utils import safe_set_full_optimizer_state
+
+    loaded = []
+    for _, parameters, partition in deepspeed_partitions(zero):
+        stored = {parameter: by_name.get(names[parameter], {}) for parameter in parameters}
+        first = stored[parameters[0]]
+        numbers = {key: value for key, value in first.items() if not value.ndim}
+        for parameter, values in stored.items():
+            own = {key: value for key, value in values.items() if not value.ndim}
+            if set(values) != set(first) or own != numbers:
+                raise ValueError(f"the optimizer state of {names[parameter]!r} is not at the step of its group")
+        if first:
+            zero.optimizer.state[partition] = {
+                key: value.clone() if key in numbers else torch.zeros_like(partition) for key, value in first.items()
+            }
+            loaded += [(parameter, values) for parameter, values in stored.items()]
+    _link_deepspeed_state(zero)
+    for parameter, values in loaded:
+        for key, value in values.items():
+            if value.ndim:
+                safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
+
+
+def _link_deepspeed_state(zero: Any) -> None:
+    """Tells parameters where their states lie in stages 1 and 2, whose optimizer does so for its first group only."""
+    from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+    for _, parameters, partition in deepspeed_partitions(zero):
+        if partition in zero.optimizer.state and hasattr(parameters[0], "_hp_mapping"):
+            lazy_init_hp_params_optimizer_state(parameters, partition, zero.optimizer.state)
 
 
 def _check_state(name: str, key: str, value: torch.Tensor, parameter: nn.Parameter | None) -> None:

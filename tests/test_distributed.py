@@ -1,0 +1,141 @@
+"""The pre-training script on two processes, sharded in every way, gives what one process gives."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from process_runs import finish, start_ranks
+from test_examples import PRETRAIN, column, num_processes, people, position, run, step_of, weights
+from torch.testing import assert_close
+
+from personvit_hf.checkpointing import latest_checkpoint
+from personvit_hf.preemption import STOPPED_EXIT_CODE
+
+__all__ = ["people"]  # a fixture
+
+STEPS, STOP = 20, 9  # 5 steps an epoch: it stops in mid-epoch
+SETTINGS = PRETRAIN | {
+    **{"batch_size": 10, "epochs": 4, "num_workers": 0, "drop_path_rate": 0.0, "freeze_last_layer_epochs": 1},
+    **{"learning_rate": 0.05, "clip_gradients": 0.05, "mixed_precision": "no"},
+}
+FSDP2 = {
+    **{"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"},
+    **{"FSDP_TRANSFORMER_CLS_TO_WRAP": "PersonViTLayer", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"},
+    **{"FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "FSDP_RESHARD_AFTER_FORWARD": "true"},
+}
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+BACKENDS = [pytest.param("ddp", 1e-5), pytest.param("fsdp2", 1e-4, marks=pytest.mark.slow)]
+BACKENDS += [pytest.param(f"zero{stage}", 1e-4, marks=[pytest.mark.slow, needs_deepspeed]) for stage in (1, 2, 3)]
+every_backend = pytest.mark.parametrize("backend, tolerance", BACKENDS)
+
+
+@pytest.fixture(scope="module")
+def alone(people, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("alone")
+    run(
+        "pretrain.py",
+        data=people / "unlabelled",
+        output_dir=folder,
+        save_epochs=4,
+        **_without(SETTINGS, "save_epochs"),
+    )
+    return folder
+
+
+def _without(settings: dict, name: str) -> dict:
+    return {key: value for key, value in settings.items() if key != name}
+
+
+def environment_of(backend: str, folder: Path) -> dict[str, str]:
+    """What `accelerate launch` would set."""
+    if backend == "fsdp2":
+        return FSDP2
+    if not backend.startswith("zero"):
+        return {}
+    config = {"zero_optimization": {"stage": int(backend[-1])}, "train_micro_batch_size_per_gpu": "auto"}
+    config |= {"gradient_accumulation_steps": "auto", "gradient_clipping": "auto"}
+    if backend == "zero3":  # else all parameters of so small a model would stay whole; now biases do
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 100
+    (folder / "deepspeed.json").write_text(json.dumps(config))
+    return {
+        **{"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(folder / "deepspeed.json")},
+        **{"ACCELERATE_USE_CPU": "false", "DS_ACCELERATOR": "cpu"},
+    }
+
+
+def run_on_two(backend: str, output: Path, expected: int = 0, stop_after: int = 0, **settings) -> None:
+    environment = environment_of(backend, output.parent) | ({"STOP_AFTER": str(stop_after)} if stop_after else {})
+    settings = SETTINGS | {"batch_size": 5} | settings
+    processes = start_ranks("pretrain.py", output.with_suffix(".log"), environment=environment, **settings)
+    codes = [finish(process, seconds=300) for process in processes]
+    assert codes == [expected] * 2, output.with_suffix(".0").read_text()[-5000:]
+
+
+def assert_same(first: Path, second: Path, tolerance: float) -> None:
+    a, b = (weights(folder) for folder in (first, second))
+    assert set(a) == set(b)
+    for name in a:
+        assert a[name].dtype == b[name].dtype == torch.float32
+        if name.endswith("qkv_proj.bias"):
+            # the keys' bias changes no attention: its gradient is rounding noise, which AdamW makes steps of
+            a[name][32:64] = b[name][32:64] = 0
+    assert_close(a, b, atol=tolerance, rtol=0)
+
+
+def test_the_single_run_clips_and_freezes(people, alone, tmp_path):
+    """Else the others would not be compared on it."""
+    for name, change in (("unclipped", {"clip_gradients": 0}), ("thawed", {"freeze_last_layer_epochs": 0})):
+        run("pretrain.py", data=people / "unlabelled", output_dir=tmp_path / name, **SETTINGS | change)
+        with pytest.raises(AssertionError):
+            assert_same(alone, tmp_path / name, 1e-3)
+
+
+@every_backend
+def test_twenty_steps_on_two_processes_give_the_weights_of_one(people, alone, tmp_path, backend, tolerance):
+    out = tmp_path / "out"
+    run_on_two(backend, out, data=people / "unlabelled", output_dir=out, save_epochs=4)
+    assert column(out, "step")[-1] == STEPS
+    assert_same(alone, out, tolerance)
+    for checkpoint in (alone / "checkpoints", out / "checkpoints"):
+        assert step_of(latest_checkpoint(checkpoint)) == STEPS
+    newest = latest_checkpoint(out / "checkpoints")
+    assert num_processes(newest) == 2
+    stored = json.loads((newest / "progress.json").read_text())["distributed_type"]
+    assert stored == {"ddp": "MULTI_CPU", "fsdp2": "FSDP"}.get(backend, "DEEPSPEED")
+    share = float(re.search(r"holds (\S+) of the teacher", (tmp_path / "out.0").read_text())[1])
+    assert 0.4 < share < 0.7 if backend in ("fsdp2", "zero3") else share == 1.0
+    torch.testing.assert_close(column(alone, "loss"), column(out, "loss"), rtol=1e-3, atol=0)
+
+
+@every_backend
+def test_a_run_moves_to_one_process_and_back(people, alone, tmp_path, backend, tolerance):
+    settings = {"data": people / "unlabelled", "output_dir": tmp_path / "out"}
+    run_on_two(backend, tmp_path / "out", STOPPED_EXIT_CODE, stop_after=2, **settings)  # while frozen
+    saved = latest_checkpoint(tmp_path / "out" / "checkpoints")
+    assert position(saved)["samples"] == 10 * step_of(saved) < 50
+    _stopped_alone(tmp_path, **settings)
+    saved = latest_checkpoint(tmp_path / "out" / "checkpoints")
+    assert (num_processes(saved), step_of(saved)) == (1, STOP)
+    run_on_two(backend, tmp_path / "out", resume_from="latest", **settings)
+    assert_same(alone, tmp_path / "out", tolerance)
+
+
+def _stopped_alone(tmp_path: Path, **settings) -> None:
+    environment = {"STOP_AFTER": str(STOP), "ACCELERATE_USE_CPU": "true"}
+    (process,) = start_ranks(
+        *("pretrain.py", tmp_path / "alone.log", 1, environment), **SETTINGS | settings, resume_from="latest"
+    )
+    assert finish(process) == STOPPED_EXIT_CODE
+
+
+@every_backend
+def test_two_parts_of_a_batch_on_two_processes_give_the_weights_of_one(people, alone, tmp_path, backend, tolerance):
+    out = tmp_path / "out"
+    # 12 batches of 4, of which the last 4 images of an epoch's 50 are not part; so compared with batches of 8
+    parts = {"data": people / "unlabelled", "batch_size": 2, "gradient_accumulation_steps": 2}
+    run_on_two(backend, out, output_dir=out, **parts)
+    run("pretrain.py", output_dir=tmp_path / "one", **SETTINGS | {"data": people / "unlabelled", "batch_size": 8})
+    assert_same(tmp_path / "one", out, tolerance)
