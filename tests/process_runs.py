@@ -24,6 +24,23 @@ def start(script: str, output: Path, environment: dict[str, str] | None = None, 
     return process
 
 
+def launch_environment(configuration: Path) -> dict[str, str]:
+    """What `accelerate launch --config_file CONFIGURATION` tells the processes that it starts."""
+    from accelerate.commands import launch
+    from accelerate.utils import launch as environments
+
+    arguments = launch.launch_command_parser().parse_args(["--config_file", str(configuration), "script.py"])
+    arguments, defaults, _ = launch._validate_launch_command(arguments)
+    if arguments.use_deepspeed:
+        arguments.deepspeed_fields_from_accelerate_config = ",".join([*defaults.deepspeed_config, "mixed_precision"])
+        environment = environments.prepare_deepspeed_cmd_env(arguments)[1]
+    elif arguments.multi_gpu or arguments.use_fsdp:
+        environment = environments.prepare_multi_gpu_env(arguments)
+    else:
+        environment = environments.prepare_simple_launcher_cmd_env(arguments)[1]
+    return {name: value for name, value in environment.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
+
+
 def start_ranks(script: str, output: Path, num_processes: int = 2, environment=None, **settings) -> list:
     """Processes that train together over gloo, without a launcher that would end one because the other did."""
     with socket.socket() as free:

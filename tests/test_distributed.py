@@ -3,15 +3,30 @@
 import importlib.util
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from process_runs import finish, start_ranks
-from test_examples import PRETRAIN, column, num_processes, people, position, run, step_of, weights
+from process_runs import finish, launch_environment, start_ranks
+from test_examples import (
+    FINETUNE,
+    MODEL,
+    PRETRAIN,
+    as_flags,
+    column,
+    num_processes,
+    people,
+    position,
+    run,
+    step_of,
+    weights,
+)
 from torch.testing import assert_close
 
 from personvit_hf.checkpointing import latest_checkpoint
+from personvit_hf.distributed import make_accelerator
 from personvit_hf.preemption import STOPPED_EXIT_CODE
 
 __all__ = ["people"]  # a fixture
@@ -21,11 +36,7 @@ SETTINGS = PRETRAIN | {
     **{"batch_size": 10, "epochs": 4, "num_workers": 0, "drop_path_rate": 0.0, "freeze_last_layer_epochs": 1},
     **{"learning_rate": 0.05, "clip_gradients": 0.05, "mixed_precision": "no"},
 }
-FSDP2 = {
-    **{"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"},
-    **{"FSDP_TRANSFORMER_CLS_TO_WRAP": "PersonViTLayer", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"},
-    **{"FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "FSDP_RESHARD_AFTER_FORWARD": "true"},
-}
+CONFIGURATIONS = Path(__file__).resolve().parents[1] / "examples" / "accelerate_configs"
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 BACKENDS = [pytest.param("ddp", 1e-5), pytest.param("fsdp2", 1e-4, marks=pytest.mark.slow)]
 BACKENDS += [pytest.param(f"zero{stage}", 1e-4, marks=[pytest.mark.slow, needs_deepspeed]) for stage in (1, 2, 3)]
@@ -50,26 +61,29 @@ def _without(settings: dict, name: str) -> dict:
 
 
 def environment_of(backend: str, folder: Path) -> dict[str, str]:
-    """What `accelerate launch` would set."""
+    """What `accelerate launch` sets with our configuration files, and what a CPU needs beside it."""
+    if backend == "ddp":
+        return launch_environment(CONFIGURATIONS / "multi_gpu.yaml")
     if backend == "fsdp2":
-        return FSDP2
-    if not backend.startswith("zero"):
-        return {}
-    config = {"zero_optimization": {"stage": int(backend[-1])}, "train_micro_batch_size_per_gpu": "auto"}
-    config |= {"gradient_accumulation_steps": "auto", "gradient_clipping": "auto"}
+        return launch_environment(CONFIGURATIONS / "fsdp2.yaml")
+    environment = launch_environment(CONFIGURATIONS / f"deepspeed_{backend}.yaml")
     if backend == "zero3":  # else all parameters of so small a model would stay whole; now biases do
-        config["zero_optimization"]["stage3_param_persistence_threshold"] = 100
-    (folder / "deepspeed.json").write_text(json.dumps(config))
-    return {
-        **{"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(folder / "deepspeed.json")},
-        **{"ACCELERATE_USE_CPU": "false", "DS_ACCELERATOR": "cpu"},
-    }
+        config = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 100}}
+        config |= {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
+        (folder / "deepspeed.json").write_text(json.dumps(config))
+        environment = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_MIXED_PRECISION": "bf16"}
+        environment["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(folder / "deepspeed.json")
+    return environment | {"ACCELERATE_USE_CPU": "false", "DS_ACCELERATOR": "cpu"}
 
 
 def run_on_two(backend: str, output: Path, expected: int = 0, stop_after: int = 0, **settings) -> None:
     environment = environment_of(backend, output.parent) | ({"STOP_AFTER": str(stop_after)} if stop_after else {})
     settings = SETTINGS | {"batch_size": 5} | settings
-    processes = start_ranks("pretrain.py", output.with_suffix(".log"), environment=environment, **settings)
+    _finish_both("pretrain.py", output, environment, expected, settings)
+
+
+def _finish_both(script: str, output: Path, environment: dict[str, str], expected: int, settings: dict) -> None:
+    processes = start_ranks(script, output.with_suffix(".log"), environment=environment, **settings)
     codes = [finish(process, seconds=300) for process in processes]
     assert codes == [expected] * 2, output.with_suffix(".0").read_text()[-5000:]
 
@@ -78,7 +92,7 @@ def assert_same(first: Path, second: Path, tolerance: float) -> None:
     a, b = (weights(folder) for folder in (first, second))
     assert set(a) == set(b)
     for name in a:
-        assert a[name].dtype == b[name].dtype == torch.float32
+        assert a[name].dtype == b[name].dtype == (torch.int64 if "num_batches" in name else torch.float32)
         if name.endswith("qkv_proj.bias"):
             # the keys' bias changes no attention: its gradient is rounding noise, which AdamW makes steps of
             a[name][32:64] = b[name][32:64] = 0
@@ -139,3 +153,69 @@ def test_two_parts_of_a_batch_on_two_processes_give_the_weights_of_one(people, a
     run_on_two(backend, out, output_dir=out, **parts)
     run("pretrain.py", output_dir=tmp_path / "one", **SETTINGS | {"data": people / "unlabelled", "batch_size": 8})
     assert_same(tmp_path / "one", out, tolerance)
+
+
+# What is not compared with one process
+
+
+@pytest.fixture(scope="module")
+def finetuned_by_two(people, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ddp")
+    finetune_on_two("ddp", people, folder / "out")
+    return folder / "out"
+
+
+def finetune_on_two(backend: str, people: Path, out: Path) -> None:
+    settings = FINETUNE | {"data": people / "market", "output_dir": out, "num_workers": 0, "drop_path_rate": 0.0}
+    settings |= {"config_overrides": json.dumps(MODEL), "eval_epochs": 1, "save_epochs": 1, "mixed_precision": "no"}
+    _finish_both("finetune.py", out, environment_of(backend, out.parent), 0, settings)
+
+
+@pytest.mark.parametrize("backend, tolerance", BACKENDS[1:])
+def test_finetuning_gives_what_ddp_gives(people, finetuned_by_two, tmp_path, backend, tolerance):
+    finetune_on_two(backend, people, tmp_path / "out")
+    assert_same(finetuned_by_two, tmp_path / "out", tolerance)
+    results = [json.loads((out / "results.json").read_text()) for out in (finetuned_by_two, tmp_path / "out")]
+    assert results[0]["mAP"] == pytest.approx(results[1]["mAP"], abs=0.01)
+    assert column(finetuned_by_two, "mAP") == pytest.approx(column(tmp_path / "out", "mAP"), abs=0.01)
+
+
+@every_backend
+def test_in_bf16_the_teacher_stays_in_float32(people, alone, tmp_path, backend, tolerance):
+    del tolerance
+    out = tmp_path / "out"
+    run_on_two(backend, out, data=people / "unlabelled", output_dir=out, mixed_precision="bf16")
+    losses = column(alone, "loss"), column(out, "loss")
+    assert not (losses[0][:5] == losses[1][:5]).any()  # it did compute in bf16
+    assert losses[0][:5] == pytest.approx(losses[1][:5], rel=0.05)
+    teacher = {name: weight for name, weight in weights(out).items() if name.startswith("personvit.layers")}
+    for name, weight in teacher.items():
+        assert weight.dtype == torch.float32
+        assert not torch.equal(weight, weight.bfloat16().float()), name
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("precision, config", [("fp16", {}), ("no", {"bf16": {"enabled": True}})])
+def test_deepspeed_modes_that_would_round_the_teacher_are_refused(tmp_path, monkeypatch, precision, config):
+    config |= {"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": "auto"}
+    (tmp_path / "deepspeed.json").write_text(json.dumps(config))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "deepspeed.json"))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    with pytest.raises(ValueError, match="a teacher in 16 bits stands still"):
+        make_accelerator(tmp_path, precision, 1, None, 1.0)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in CONFIGURATIONS.glob("*.yaml")))
+def test_every_configuration_is_one_that_accelerate_takes(name):
+    environment = launch_environment(CONFIGURATIONS / name)
+    assert environment["ACCELERATE_MIXED_PRECISION"] == ("no" if name == "cpu.yaml" else "bf16")
+    assert f"`{name}`" in (CONFIGURATIONS / "README.md").read_text()
+
+
+def test_the_cpu_configuration_starts_the_script(people, tmp_path):
+    launcher = ["accelerate.commands.launch", "--config_file", str(CONFIGURATIONS / "cpu.yaml")]
+    script = str(CONFIGURATIONS.parent / "pretrain.py")
+    settings = SETTINGS | {"data": people / "unlabelled", "output_dir": tmp_path / "out", "epochs": 1}
+    subprocess.run([sys.executable, "-m", *launcher, script, *as_flags(settings)], check=True, capture_output=True)
+    assert column(tmp_path / "out", "step").tolist() == [1, 2, 3, 4, 5]

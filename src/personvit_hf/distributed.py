@@ -60,9 +60,16 @@ def make_accelerator(
     )
 
 
+class _WholeModelsPlugin(DeepSpeedPlugin):
+    """Models are built and loaded whole and cut up by `prepare`; transformers must not know of ZeRO-3."""
+
+    def set_deepspeed_weakref(self) -> None:
+        """Would make every `from_pretrained`, such as that of one process alone, wait for the others."""
+
+
 def _deepspeed_plugin(precision: str) -> DeepSpeedPlugin:
     os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # which the accelerator would read again
-    plugin = DeepSpeedPlugin(zero3_init_flag=False)
+    plugin = _WholeModelsPlugin(zero3_init_flag=False)
     config = plugin.deepspeed_config
     rounding = [name for name in ("fp16", "bf16") if str(config.get(name, {}).get("enabled")).lower() == "true"]
     if precision == "fp16" or rounding:

@@ -148,10 +148,9 @@ def _link_deepspeed_state(zero: Any) -> None:
 def _check_state(name: str, key: str, value: torch.Tensor, parameter: nn.Parameter | None) -> None:
     if parameter is None or not parameter.requires_grad:
         raise ValueError(f"optimizer state of {name!r}, which is no trained parameter of this model")
-    if value.ndim and value.shape != parameter.shape:
-        raise ValueError(
-            f"optimizer state {key!r} of {name!r}: shape {tuple(value.shape)}, expected {tuple(parameter.shape)}"
-        )
+    shape = getattr(parameter, "ds_shape", parameter.shape)  # of the whole, where ZeRO-3 holds a shard
+    if value.ndim and value.shape != shape:
+        raise ValueError(f"optimizer state {key!r} of {name!r}: shape {tuple(value.shape)}, expected {tuple(shape)}")
 
 
 def _sharded_like(parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
