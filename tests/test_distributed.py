@@ -25,8 +25,9 @@ from test_examples import (
 )
 from torch.testing import assert_close
 
+from personvit_hf import distributed
 from personvit_hf.checkpointing import latest_checkpoint
-from personvit_hf.distributed import make_accelerator
+from personvit_hf.distributed import clip_gradients, make_accelerator
 from personvit_hf.preemption import STOPPED_EXIT_CODE
 
 __all__ = ["people"]  # a fixture
@@ -124,6 +125,7 @@ def test_twenty_steps_on_two_processes_give_the_weights_of_one(people, alone, tm
     torch.testing.assert_close(column(alone, "loss"), column(out, "loss"), rtol=1e-3, atol=0)
 
 
+@pytest.mark.slow
 @every_backend
 def test_a_run_moves_to_one_process_and_back(people, alone, tmp_path, backend, tolerance):
     settings = {"data": people / "unlabelled", "output_dir": tmp_path / "out"}
@@ -145,6 +147,7 @@ def _stopped_alone(tmp_path: Path, **settings) -> None:
     assert finish(process) == STOPPED_EXIT_CODE
 
 
+@pytest.mark.slow
 @every_backend
 def test_two_parts_of_a_batch_on_two_processes_give_the_weights_of_one(people, alone, tmp_path, backend, tolerance):
     out = tmp_path / "out"
@@ -153,6 +156,21 @@ def test_two_parts_of_a_batch_on_two_processes_give_the_weights_of_one(people, a
     run_on_two(backend, out, output_dir=out, **parts)
     run("pretrain.py", output_dir=tmp_path / "one", **SETTINGS | {"data": people / "unlabelled", "batch_size": 8})
     assert_same(tmp_path / "one", out, tolerance)
+
+
+def test_an_epochs_last_step_of_fewer_parts_has_the_gradient_of_their_images(people, tmp_path, monkeypatch):
+    norms = {25: [], 50: []}
+    for batch_size, parts in ((50, 1), (25, 4)):  # 50 images: the epoch's only step has 2 of 4 parts
+
+        def clip_and_keep(*arguments, batch_size=batch_size):
+            norms[batch_size].append(clip_gradients(*arguments).item())
+
+        monkeypatch.setattr(distributed, "clip_gradients", clip_and_keep)
+        settings = SETTINGS | {"batch_size": batch_size, "gradient_accumulation_steps": parts, "epochs": 2}
+        settings |= {"learning_rate": 0.05 * 50 / batch_size / parts, "data": people / "unlabelled"}
+        run("pretrain.py", output_dir=tmp_path / str(batch_size), **settings)
+    assert len(norms[25]) == 2
+    assert norms[25] == pytest.approx(norms[50], rel=1e-3)
 
 
 # What is not compared with one process
@@ -180,6 +198,7 @@ def test_finetuning_gives_what_ddp_gives(people, finetuned_by_two, tmp_path, bac
     assert column(finetuned_by_two, "mAP") == pytest.approx(column(tmp_path / "out", "mAP"), abs=0.01)
 
 
+@pytest.mark.slow
 @every_backend
 def test_in_bf16_the_teacher_stays_in_float32(people, alone, tmp_path, backend, tolerance):
     del tolerance
@@ -213,6 +232,7 @@ def test_every_configuration_is_one_that_accelerate_takes(name):
     assert f"`{name}`" in (CONFIGURATIONS / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_cpu_configuration_starts_the_script(people, tmp_path):
     launcher = ["accelerate.commands.launch", "--config_file", str(CONFIGURATIONS / "cpu.yaml")]
     script = str(CONFIGURATIONS.parent / "pretrain.py")

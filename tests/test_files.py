@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from personvit_hf.files import written_aside
+from personvit_hf.files import MANIFEST, check_manifest, flush_to_disk, rename_durably, write_manifest, written_aside
 
 
 def write_folder(folder, names, overwrite=False):
@@ -73,3 +73,50 @@ def test_an_old_folder_comes_back_when_the_new_one_cannot_take_its_place(tmp_pat
     with pytest.raises(OSError):
         write_folder(tmp_path / "out", ["a"], overwrite=True)
     assert (tmp_path / "out" / "a").read_text() == "old"
+
+
+@pytest.fixture
+def listed(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(f"content of {name}")
+    write_manifest(tmp_path)
+    return tmp_path
+
+
+def test_a_folder_is_as_its_manifest_says(listed):
+    check_manifest(listed)
+    (listed / "a").write_text("another text")
+    with pytest.raises(ValueError, match="a has changed"):
+        check_manifest(listed)
+    (listed / "a").write_text("short")
+    with pytest.raises(ValueError, match="a has not the size of 12 bytes"):
+        check_manifest(listed)
+    (listed / "a").unlink()
+    (listed / "c").touch()
+    with pytest.raises(ValueError, match=r"missing files \['a'\], unexpected files \['c'\]"):
+        check_manifest(listed)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{", '{"files": 3}', '{"files": {"a": 1}}', '{"files": {}}', "\0", '{"x": "' + 2**21 * "y" + '"}'],
+)
+def test_a_manifest_that_is_none(listed, text):
+    (listed / MANIFEST).write_text(text)
+    with pytest.raises(ValueError, match="manifest.json can't be read|unexpected files"):
+        check_manifest(listed)
+
+
+def test_a_manifest_names_nothing_outside_its_folder(listed):
+    (listed / "inner").mkdir()
+    (listed / "inner" / MANIFEST).write_text('{"files": {"../a": {"size": 12, "sha256": ""}}}')
+    with pytest.raises(ValueError, match="missing files"):
+        check_manifest(listed / "inner")
+
+
+def test_flushed_and_renamed(listed):
+    (listed / "folder").mkdir()
+    (listed / "folder" / "file").write_text("x")
+    flush_to_disk(listed)
+    rename_durably(listed / "folder", listed / "other")
+    assert (listed / "other" / "file").read_text() == "x"

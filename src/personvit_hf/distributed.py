@@ -6,6 +6,7 @@ DTensors; DeepSpeed keeps its own flat partitions, reached here through its `dee
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from datetime import timedelta
@@ -150,8 +151,10 @@ def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float) 
     parameters = [p for p in accelerator.unwrap_model(model).parameters() if p.requires_grad]
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         shards = [_deepspeed_gradient(parameter) for parameter in parameters]
+        replicas = torch.ones(len(parameters))
     elif accelerator.distributed_type == DistributedType.FSDP:
         shards = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters]
+        replicas = torch.tensor([_num_replicas(parameter) for parameter in parameters])
     else:
         return clip_gradients_per_parameter(parameters, max_norm)
     squares = torch.zeros(len(parameters), device=accelerator.device)
@@ -159,11 +162,19 @@ def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float) 
     if present:
         squares[present] = torch.stack(torch._foreach_norm([shards[index].float() for index in present])).square()
     torch.distributed.all_reduce(squares)
-    norms = squares.sqrt()
+    norms = (squares / replicas.to(squares)).sqrt()
     coefficients = (max_norm / (norms + 1e-6)).clamp(max=1.0)
     if present:
         torch._foreach_mul_([shards[index] for index in present], list(coefficients[present].unbind()))
     return torch.linalg.vector_norm(norms)
+
+
+def _num_replicas(parameter: nn.Parameter) -> int:
+    """How many processes hold the same part of an FSDP2 parameter; more than one in hybrid sharding."""
+    if not isinstance(parameter, DTensor):
+        return torch.distributed.get_world_size()
+    sizes = zip(parameter.device_mesh.shape, parameter.placements, strict=True)
+    return math.prod(size for size, placement in sizes if not placement.is_shard())
 
 
 def freeze_step(
