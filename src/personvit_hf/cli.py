@@ -339,6 +339,60 @@ def select(
     typer.echo(f"{out}: {selection}.")
 
 
+@data_app.command("from-video")
+def from_video(
+    videos: Annotated[list[Path], typer.Argument(help="Video files.")],
+    out: Annotated[Path, typer.Option(help="Folder for the crops; a run that was cut off goes on in it.")],
+    boxes: Annotated[
+        list[Path] | None, typer.Option(help="MOT file or a detector's JSON, one for each video; default: detect.")
+    ] = None,
+    detector: Annotated[
+        str, typer.Option(help="Of torchvision, which fetches its weights.")
+    ] = "fasterrcnn_mobilenet_v3_large_320_fpn",
+    detector_weights: Annotated[Path | None, typer.Option(help="File with its weights (.pth), when offline.")] = None,
+    stride: Annotated[int, typer.Option(help="Of how many frames the detector looks at one.")] = 1,
+    min_score: Annotated[
+        float | None, typer.Option(help="Smallest score of a box; 0.5 for the detector, any for files.")
+    ] = None,
+    min_height: Annotated[float, typer.Option(help="Smallest height of a box in pixels.")] = 64,
+    max_occlusion: Annotated[
+        float, typer.Option(help="Largest share of a box under that of somebody in front.")
+    ] = 0.4,
+    min_sharpness: Annotated[float, typer.Option(help="Smallest variance of the crop's Laplacian at 128x64.")] = 30,
+    min_track_boxes: Annotated[int, typer.Option(help="Boxes a track must have.")] = 5,
+    every: Annotated[int, typer.Option(help="Frames between two crops of a track.")] = 5,
+    blur_heads: Annotated[
+        bool, typer.Option("--blur-heads", help="Blur the upper 30% of each crop, where faces are.")
+    ] = False,
+) -> None:
+    """Cut the people out of videos: tracked, filtered, as parquet files that pre-training takes."""
+    from .tracks import CropRules
+    from .video import DETECTOR_SCORE, crops_from_videos
+
+    if min_score is None and not boxes:
+        min_score = DETECTOR_SCORE
+    rules = CropRules(
+        min_score=min_score,
+        min_height=min_height,
+        max_occlusion=max_occlusion,
+        min_sharpness=min_sharpness,
+        min_track_boxes=min_track_boxes,
+        every=every,
+    )
+    report = crops_from_videos(
+        videos,
+        out,
+        boxes or None,
+        detector,
+        detector_weights,
+        stride,
+        rules,
+        blur_heads,
+        progress=sys.stderr.isatty(),
+    )
+    typer.echo(f"{out}: {report}")
+
+
 def _embedded(name: str, images: Any, data: str, folder: Path, **options: Any) -> Any:
     """The features in a folder of `personvit embed`; or those of a checkpoint, made in `folder`."""
     from transformers import AutoImageProcessor
