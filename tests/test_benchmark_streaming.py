@@ -20,6 +20,7 @@ def test_memory_does_not_grow_with_the_table():
     assert float(lines[3].split()[-1].rstrip("%")) < 5
 
 
+@pytest.mark.slow
 def test_sizes_must_be_positive():
     process = run("--rows", "0")
     assert process.returncode == 1 and "must be positive" in process.stderr

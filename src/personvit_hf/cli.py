@@ -313,7 +313,8 @@ def select(
     ] = None,
     adapted: Annotated[str | None, typer.Option(help="The same model, fine-tuned on people.")] = None,
     near_duplicates: Annotated[
-        float | None, typer.Option(help="Leave images out that are as similar to another, such as 0.95 (cosine).")
+        float | None,
+        typer.Option(help="Leave out what is so similar to another, such as 0.95 (cosine around the mean)."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random choice.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images a forward pass.")] = 64,

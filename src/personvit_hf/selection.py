@@ -67,6 +67,9 @@ def forgetting_scores(generic: np.ndarray, adapted: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: The shapes differ.
 
+    In a pool of 2,429 images, a model fine-tuned on 10 people of MOTChallenge 2015 put into the lower half: 81% of that
+    data set's crops, 77% of crops of another video, 43% of pieces of that video's background, 9% of rendered people.
+
     Source: the idea and the name are TransReID-SSL's (Luo et al., arXiv 2111.12084), which halves LUPerson so; the
         cosine is this package's choice of a distance.
     """
@@ -81,6 +84,9 @@ def forgetting_scores(generic: np.ndarray, adapted: np.ndarray) -> np.ndarray:
 def near_duplicates(embeddings: np.ndarray, threshold: float, order: np.ndarray) -> np.ndarray:
     """Images that nearly repeat an earlier one, found exactly: the work grows with images x kept images.
 
+    Features are compared around their mean: those of fine-tuned models may all point the same way, with cosines over
+    0.99. Of MOTChallenge 2015's tracks the median similarity is 0.96 a frame apart, and 0.76 a second apart.
+
     Args:
         embeddings: float32 (images, dim), rows of length 1.
         threshold: Cosine similarity from which on two images are the same, such as 0.95.
@@ -94,6 +100,9 @@ def near_duplicates(embeddings: np.ndarray, threshold: float, order: np.ndarray)
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"`near_duplicates` must be a cosine similarity in (0, 1], got {threshold}.")
+    if len(embeddings) > 1:
+        embeddings = embeddings - embeddings.mean(axis=0)
+        embeddings /= np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12)
     repeated = np.full(len(embeddings), -1, np.int64)
     first = np.empty_like(embeddings)  # embeddings of those that repeat none, in order
     originals = np.empty(len(embeddings), np.int64)
