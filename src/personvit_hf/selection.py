@@ -67,8 +67,8 @@ def forgetting_scores(generic: np.ndarray, adapted: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: The shapes differ.
 
-    In a pool of 2,429 images, a model fine-tuned on 10 people of MOTChallenge 2015 put into the lower half: 81% of that
-    data set's crops, 77% of crops of another video, 43% of pieces of that video's background, 9% of rendered people.
+    In a pool of 2,429 images, a model fine-tuned on 10 people of MOTChallenge 2015 put into the lower half: 81% of
+    that set's crops, 77% of crops of another video, 43% of pieces of its background, and 9% of rendered people.
 
     Source: the idea and the name are TransReID-SSL's (Luo et al., arXiv 2111.12084), which halves LUPerson so; the
         cosine is this package's choice of a distance.
