@@ -17,6 +17,7 @@ from personvit_hf import load_person_images
 from personvit_hf import video as video_module
 from personvit_hf.detection import PersonDetector
 from personvit_hf.person_images import PersonImages, decode_image
+from personvit_hf.search import load_gallery_images
 from personvit_hf.shards import load_person_stream
 from personvit_hf.tracks import CropRules
 from personvit_hf.video import VideoFrames, blur_head, crops_from_videos, cut_out
@@ -78,6 +79,7 @@ def test_crops_of_tracked_people(people, tmp_path):
         crop = np.asarray(row["image"]).astype(int)
         expected = whole[row["frame"]][top : top + height, left : left + width]
         assert crop.shape == expected.shape and np.abs(crop - expected).mean() < 6
+    assert load_gallery_images(str(tmp_path / "out"), None).column_names == ["image", "camera_id", "track_id"]
     assert len(load_person_images(tmp_path / "out")) == len(load_person_stream(tmp_path / "out")) == 20
 
 

@@ -45,7 +45,9 @@ _LUPERSON_NAMES = ("luperson", "lup")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def load_person_images(name_or_path: str | os.PathLike, root: str | os.PathLike | None = None) -> datasets.Dataset:
+def load_person_images(
+    name_or_path: str | os.PathLike, root: str | os.PathLike | None = None, keep: Sequence[str] = ()
+) -> datasets.Dataset:
     """Unlabelled person images as rows of undecoded files.
 
     Args:
@@ -62,9 +64,10 @@ def load_person_images(name_or_path: str | os.PathLike, root: str | os.PathLike 
             read from the front: `personvit data prepare` does it, once.
         root: Where LUPerson is: the folder, archive or LMDB itself, or a folder that holds it under its usual name
             (luperson, LUP, lup).
+        keep: Other columns to keep, of those that there are (track_id, say).
 
     Returns:
-        `datasets.Dataset` with the single column image, `datasets.Image(decode=False)`: rows are dicts of bytes
+        `datasets.Dataset` with the column image, `datasets.Image(decode=False)`: rows are dicts of bytes
         (or None) and path. `PersonImages` decodes them; the path of a member of an archive is
         "zip://<member>::<archive>", which `decode_image` reads, too.
 
@@ -80,7 +83,7 @@ def load_person_images(name_or_path: str | os.PathLike, root: str | os.PathLike 
         rows = load_rows(source, config="unlabelled", split="train")
     elif source.is_file() and source.suffix.lower() == ".parquet":
         if (told := _selection_settings(source)) is not None:
-            return _selected(source, told)
+            return _selected(source, told, keep)
         rows = load_rows("parquet", split="train", data_files=str(source))
     elif source.is_dir() and any(file.endswith(".parquet") for file in walk_files(source)):
         rows = load_rows(str(source), config="unlabelled", split="train")
@@ -100,7 +103,8 @@ def load_person_images(name_or_path: str | os.PathLike, root: str | os.PathLike 
         raise ValueError(
             f"{name_or_path}: no image in it; expected parquet files or files {', '.join(IMAGE_SUFFIXES)}."
         )
-    return with_image_column(rows, name_or_path, decode=False).select_columns("image")
+    columns = ["image", *(column for column in keep if column in rows.column_names)]
+    return with_image_column(rows, name_or_path, decode=False).select_columns(columns)
 
 
 def _selection_settings(file: Path) -> dict[str, Any] | None:
@@ -119,12 +123,12 @@ def _selection_settings(file: Path) -> dict[str, Any] | None:
     return told
 
 
-def _selected(file: Path, told: dict[str, Any]) -> datasets.Dataset:
+def _selected(file: Path, told: dict[str, Any], keep: Sequence[str]) -> datasets.Dataset:
     if Path(told["data"]).suffix == ".parquet" and Path(told["data"]).is_file():
         if _selection_settings(Path(told["data"])) is not None:
             raise ValueError(f"{file}: an index of an index, {told['data']}. Select from the data themselves.")
     try:
-        rows = load_person_images(told["data"])
+        rows = load_person_images(told["data"], keep=keep)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{file}: the data that it selects from are gone: {error}") from error
     if len(rows) != told["num_images"]:
