@@ -15,6 +15,7 @@ from personvit_hf import PersonViTConfig, PersonViTImageProcessor, PersonViTMode
 from personvit_hf.embedding import EmbeddingFolder
 from personvit_hf.person_images import SELECTION_METADATA
 from personvit_hf.selection import forgetting_scores, near_duplicates, select_images, write_selection
+from personvit_hf.shards import load_person_stream
 
 PERSONVIT = Path(sys.executable).with_name("personvit")
 
@@ -130,6 +131,8 @@ def test_index_stands_for_its_images(crops, tmp_path):
     whole = load_person_images(crops)
     assert rows["image"] == [whole[int(row)]["image"] for row in np.flatnonzero(chosen.kept)]
     assert index.stat().st_size < 10_000
+    with pytest.raises(ValueError, match="can't be streamed; read it without streaming"):
+        load_person_stream(index)
     assert pq.read_table(index).column_names == ["row", "name", "score", "duplicate_of", "kept"]
 
 

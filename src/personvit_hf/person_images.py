@@ -82,7 +82,7 @@ def load_person_images(
     if isinstance(source, str):
         rows = load_rows(source, config="unlabelled", split="train")
     elif source.is_file() and source.suffix.lower() == ".parquet":
-        if (told := _selection_settings(source)) is not None:
+        if (told := selection_settings(source)) is not None:
             return _selected(source, told, keep)
         rows = load_rows("parquet", split="train", data_files=str(source))
     elif source.is_dir() and any(file.endswith(".parquet") for file in walk_files(source)):
@@ -107,8 +107,12 @@ def load_person_images(
     return with_image_column(rows, name_or_path, decode=False).select_columns(columns)
 
 
-def _selection_settings(file: Path) -> dict[str, Any] | None:
-    """What an index of `personvit data select` tells of itself; None for parquet of any other kind."""
+def selection_settings(file: Path) -> dict[str, Any] | None:
+    """What an index of `personvit data select` tells of itself; None for parquet of any other kind.
+
+    Raises:
+        ValueError: It is an index, but a damaged one.
+    """
     try:
         found = (pq.read_schema(file).metadata or {}).get(SELECTION_METADATA)
     except pa.ArrowInvalid:
@@ -125,7 +129,7 @@ def _selection_settings(file: Path) -> dict[str, Any] | None:
 
 def _selected(file: Path, told: dict[str, Any], keep: Sequence[str]) -> datasets.Dataset:
     if Path(told["data"]).suffix == ".parquet" and Path(told["data"]).is_file():
-        if _selection_settings(Path(told["data"])) is not None:
+        if selection_settings(Path(told["data"])) is not None:
             raise ValueError(f"{file}: an index of an index, {told['data']}. Select from the data themselves.")
     try:
         rows = load_person_images(told["data"], keep=keep)

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .file_trees import walk_files
-from .person_images import IMAGE_SUFFIXES, load_rows, resolve_source
+from .person_images import IMAGE_SUFFIXES, load_rows, resolve_source, selection_settings
 
 PARQUET_SUFFIX = ".parquet"
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -184,6 +184,10 @@ def _locate(name: str) -> tuple[str, str | None, dict[str, Any]]:
     if any(file.lower().endswith(PARQUET_SUFFIX) for file in files):
         if source.is_dir():
             return str(source), "unlabelled", {}
+        if selection_settings(source) is not None:
+            raise ValueError(
+                f"{name}: an index of `personvit data select` can't be streamed; read it without streaming."
+            )
         return "parquet", None, {"data_files": {"train": files}}
     tars = [file for file in files if file.lower().endswith(TAR_SUFFIXES)]
     if not tars:
