@@ -10,11 +10,13 @@ the state to resume from (`--resume_from latest`).
 import math
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import yaml
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -67,12 +69,17 @@ from personvit_hf.scripting import (
     require_finite,
     score,
 )
+from personvit_hf.shards import load_person_stream
+from personvit_hf.streaming import PersonStream, skip_batches, stream_loader
 
 
 @dataclass
 class PretrainArguments:
     data: str = field(metadata={"help": "Folder of images, folder or file of parquet, or a Hub data set."})
     output_dir: str = field(metadata={"help": "Where the model, the checkpoints and metrics.jsonl are written."})
+    streaming: bool = option(
+        False, "Read parquet or WebDataset shards as a stream, from a folder, the Hub or https://host/{000..417}.tar."
+    )
     # model
     preset: str = option("small", "tiny, small, base or large.")
     model_name_or_path: str | None = option(None, "Checkpoint to start from; replaces `preset`.")
@@ -133,6 +140,12 @@ class PretrainArguments:
     hub_private_repo: bool = option(False, "Create the repository as a private one.")
 
 
+def draw_views(augment: MultiCrop, masking: BlockMasking, image: np.ndarray, rng: np.random.Generator) -> dict:
+    global_crops, local_crops = augment(image, rng)
+    masks = np.stack([masking(rng).ravel() for _ in global_crops])
+    return {"global_pixel_values": global_crops, "local_pixel_values": local_crops, "bool_masked_pos": masks}
+
+
 class PretrainingCrops(Dataset):
     """Crops and masks of image `index` in epoch `epoch`, by key = epoch * number of images + index."""
 
@@ -147,10 +160,7 @@ class PretrainingCrops(Dataset):
         image = self.images[index]
         if isinstance(image, BrokenImage):
             return image
-        rng = np.random.default_rng([self.seed, epoch, index])
-        global_crops, local_crops = self.augment(image, rng)
-        masks = np.stack([self.masking(rng).ravel() for _ in global_crops])
-        return {"global_pixel_values": global_crops, "local_pixel_values": local_crops, "bool_masked_pos": masks}
+        return draw_views(self.augment, self.masking, image, np.random.default_rng([self.seed, epoch, index]))
 
 
 def build_model(args: PretrainArguments) -> PersonViTForPreTraining:
@@ -164,7 +174,9 @@ def build_model(args: PretrainArguments) -> PersonViTForPreTraining:
     return PersonViTForPreTraining(PersonViTConfig.from_preset(args.preset, **overrides))
 
 
-def build_dataloader(args: PretrainArguments, config: PersonViTConfig) -> DataLoader:
+def build_dataloader(
+    args: PretrainArguments, config: PersonViTConfig, accelerator: Accelerator | None = None
+) -> DataLoader:
     augment = MultiCrop(
         global_size=tuple(args.image_size),
         local_size=tuple(args.local_size),
@@ -185,6 +197,23 @@ def build_dataloader(args: PretrainArguments, config: PersonViTConfig) -> DataLo
         ratios=tuple(args.mask_ratios),
         ratio_spreads=tuple(args.mask_ratio_spreads),
     )
+    # a generator of its own, so that starting an epoch draws nothing from the one that dropout uses
+    options = {
+        "pin_memory": torch.cuda.is_available(),
+        "worker_init_fn": ignore_stop_requests,
+        "generator": torch.Generator().manual_seed(args.seed),
+    }
+    if args.streaming:
+        stream = PersonStream(
+            load_person_stream(args.data),
+            partial(draw_views, augment, masking),
+            args.batch_size,
+            args.seed,
+            args.num_workers,
+            process_index=accelerator.process_index if accelerator else 0,
+            num_processes=accelerator.num_processes if accelerator else 1,
+        )
+        return stream_loader(stream, collate, accelerator, **options)
     images = PersonImages(load_person_images(args.data))
     crops = PretrainingCrops(images, augment, masking, args.seed)
     if len(crops) < args.batch_size:
@@ -195,12 +224,9 @@ def build_dataloader(args: PretrainArguments, config: PersonViTConfig) -> DataLo
         batch_size=args.batch_size,
         drop_last=True,
         collate_fn=collate,
-        worker_init_fn=ignore_stop_requests,
         num_workers=args.num_workers,
         persistent_workers=args.num_workers > 0,
-        pin_memory=torch.cuda.is_available(),
-        # of its own, so that starting an epoch draws nothing from the generator that dropout uses
-        generator=torch.Generator().manual_seed(args.seed),
+        **options,
     )
 
 
@@ -227,7 +253,7 @@ def main() -> None:
     config = model.config
     height, width = args.image_size
     processor = PersonViTImageProcessor(size={"height": height, "width": width})
-    dataloader = build_dataloader(args, config)
+    dataloader = build_dataloader(args, config, accelerator)
     eval_dataset = load_reid_dataset(args.eval_data) if args.eval_data else None
     groups = pretraining_parameter_groups(model, args.weight_decay)
     if args.freeze_last_layer_epochs:
@@ -260,6 +286,8 @@ def main() -> None:
     }
     progress = TrainingProgress(layout=layout)
     accelerator.register_for_checkpointing(progress)
+    if args.streaming:
+        accelerator.register_for_checkpointing(dataloader.dataset)
     if checkpoint is not None:
         restore(accelerator, model, optimizer, checkpoint)
     log = MetricsLog(output_dir / "metrics.jsonl", accelerator, progress.step)
@@ -280,8 +308,7 @@ def main() -> None:
     model.train()
     for epoch in range(progress.epoch, args.epochs):
         dataloader.set_epoch(epoch)
-        done = progress.samples // images_per_batch
-        batches = accelerator.skip_first_batches(dataloader, done) if done else dataloader
+        batches = skip_batches(accelerator, dataloader, epoch, progress.samples // images_per_batch)
         due_to_save = False
         temperatures = {
             name: teacher_temperature(

@@ -25,7 +25,7 @@ from .person_images import BrokenImage, BrokenImageBudget, PersonImages, decode_
 
 SHARD_IMAGES = 4096
 _FORMAT = 1
-_SETTINGS_FILE = "embeddings.json"
+SETTINGS_FILE = "embeddings.json"
 # Columns of a labelled data set that travel with the vectors.
 ID_COLUMNS = ("person_id", "camera_id", "track_id")
 
@@ -212,7 +212,7 @@ def write_embeddings(
         "shard_images": shard_images,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    settings_file = folder / _SETTINGS_FILE
+    settings_file = folder / SETTINGS_FILE
     if settings_file.is_file():
         found = _read_settings(folder)
         # what the model is called and where it came from may differ: its weights tell
@@ -266,7 +266,7 @@ def read_embeddings(folder: str | os.PathLike) -> EmbeddingFolder:
         if vectors[-1].shape != (len(tables[-1]), settings["hidden_size"]) or not {"row", "name"} <= set(
             tables[-1].column_names
         ):
-            raise ValueError(f"{file}: doesn't fit its .parquet file or {_SETTINGS_FILE}. Remove it and embed again.")
+            raise ValueError(f"{file}: doesn't fit its .parquet file or {SETTINGS_FILE}. Remove it and embed again.")
     embeddings, table = np.concatenate(vectors), concat_tables(tables)
     if not np.isfinite(embeddings).all():
         raise ValueError(f"{folder}: its embeddings hold NaN or infinity. Remove its shards and embed again.")
@@ -283,9 +283,9 @@ def _describe(rows: datasets.Dataset, first: int) -> Table:
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
-    file = folder / _SETTINGS_FILE
+    file = folder / SETTINGS_FILE
     if not file.is_file():
-        raise FileNotFoundError(f"{folder}: no {_SETTINGS_FILE} in it; expected a folder that `personvit embed` made.")
+        raise FileNotFoundError(f"{folder}: no {SETTINGS_FILE} in it; expected a folder that `personvit embed` made.")
     try:
         settings = json.loads(file.read_text())
         sizes = [settings[name] for name in ("num_images", "shard_images", "hidden_size")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import os
 import re
@@ -14,6 +15,8 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .file_trees import (
@@ -35,11 +38,16 @@ IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 # 100 MB once decoded. A person crop has some 30,000; a file that claims more than this is an attack or a mistake.
 MAX_IMAGE_PIXELS = 2**25
 
+# Marks a parquet file as the index of `personvit data select`, and holds what it is an index of, as JSON.
+SELECTION_METADATA = b"personvit_selection"
+
 _LUPERSON_NAMES = ("luperson", "lup")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def load_person_images(name_or_path: str | os.PathLike, root: str | os.PathLike | None = None) -> datasets.Dataset:
+def load_person_images(
+    name_or_path: str | os.PathLike, root: str | os.PathLike | None = None, keep: Sequence[str] = ()
+) -> datasets.Dataset:
     """Unlabelled person images as rows of undecoded files.
 
     Args:
@@ -48,7 +56,7 @@ def load_person_images(name_or_path: str | os.PathLike, root: str | os.PathLike 
               other kinds are ignored; links to files and folders are followed, each folder once;
             - a folder with parquet files, or a Hub data set "owner/name", with a column `image`: its config
               "unlabelled" if its README defines one, else its default config; always the split `train`;
-            - one parquet file;
+            - one parquet file; or the index of `personvit data select`, for the images of its data that are kept;
             - a .zip or .tar archive of images, or a folder of such archives;
             - an LMDB of encoded images by key, or a folder with one (needs the package lmdb);
             - "luperson": LUPerson in any of these forms, at `root`.
@@ -56,9 +64,10 @@ def load_person_images(name_or_path: str | os.PathLike, root: str | os.PathLike 
             read from the front: `personvit data prepare` does it, once.
         root: Where LUPerson is: the folder, archive or LMDB itself, or a folder that holds it under its usual name
             (luperson, LUP, lup).
+        keep: Other columns to keep, of those that there are (track_id, say).
 
     Returns:
-        `datasets.Dataset` with the single column image, `datasets.Image(decode=False)`: rows are dicts of bytes
+        `datasets.Dataset` with the column image, `datasets.Image(decode=False)`: rows are dicts of bytes
         (or None) and path. `PersonImages` decodes them; the path of a member of an archive is
         "zip://<member>::<archive>", which `decode_image` reads, too.
 
@@ -73,6 +82,8 @@ def load_person_images(name_or_path: str | os.PathLike, root: str | os.PathLike 
     if isinstance(source, str):
         rows = load_rows(source, config="unlabelled", split="train")
     elif source.is_file() and source.suffix.lower() == ".parquet":
+        if (told := selection_settings(source)) is not None:
+            return _selected(source, told, keep)
         rows = load_rows("parquet", split="train", data_files=str(source))
     elif source.is_dir() and any(file.endswith(".parquet") for file in walk_files(source)):
         rows = load_rows(str(source), config="unlabelled", split="train")
@@ -92,7 +103,48 @@ def load_person_images(name_or_path: str | os.PathLike, root: str | os.PathLike 
         raise ValueError(
             f"{name_or_path}: no image in it; expected parquet files or files {', '.join(IMAGE_SUFFIXES)}."
         )
-    return with_image_column(rows, name_or_path, decode=False).select_columns("image")
+    columns = ["image", *(column for column in keep if column in rows.column_names)]
+    return with_image_column(rows, name_or_path, decode=False).select_columns(columns)
+
+
+def selection_settings(file: Path) -> dict[str, Any] | None:
+    """What an index of `personvit data select` tells of itself; None for parquet of any other kind.
+
+    Raises:
+        ValueError: It is an index, but a damaged one.
+    """
+    try:
+        found = (pq.read_schema(file).metadata or {}).get(SELECTION_METADATA)
+    except pa.ArrowInvalid:
+        return None  # no parquet: `load_rows` says so
+    try:
+        told = found and json.loads(found)
+        good = told is None or (isinstance(told["data"], str) and isinstance(told["num_images"], int))
+    except (ValueError, KeyError, TypeError):
+        good = False
+    if not good:
+        raise ValueError(f"{file}: an index of `personvit data select` that doesn't say what it is an index of.")
+    return told
+
+
+def _selected(file: Path, told: dict[str, Any], keep: Sequence[str]) -> datasets.Dataset:
+    if Path(told["data"]).suffix == ".parquet" and Path(told["data"]).is_file():
+        if selection_settings(Path(told["data"])) is not None:
+            raise ValueError(f"{file}: an index of an index, {told['data']}. Select from the data themselves.")
+    try:
+        rows = load_person_images(told["data"], keep=keep)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{file}: the data that it selects from are gone: {error}") from error
+    if len(rows) != told["num_images"]:
+        raise ValueError(
+            f"{file}: made when {told['data']} had {told['num_images']} images; now {len(rows)}. Select anew."
+        )
+    try:
+        table = pq.read_table(file, columns=["row", "kept"])
+        kept = table["row"].to_numpy()[table["kept"].to_numpy()]
+        return rows.select(kept)
+    except (pa.ArrowException, KeyError, IndexError, OSError) as error:
+        raise ValueError(f"{file}: the index can't be read: {error}. Make it anew.") from error
 
 
 def luperson_path(name: str | os.PathLike, root: str | os.PathLike) -> Path:

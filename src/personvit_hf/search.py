@@ -14,7 +14,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from .embedding import EmbeddingFolder
+from .embedding import ID_COLUMNS, EmbeddingFolder
 from .person_images import decode_image, load_person_images
 from .reid_data import SPLITS, load_reid_dataset
 from .visualization import draw_rankings
@@ -219,14 +219,14 @@ class QdrantIndex:
 
 
 def load_gallery_images(data: str, split: str | None) -> datasets.Dataset:
-    """The images of a gallery: a split of a labelled data set, with its ids, or unlabelled images.
+    """The images of a gallery, with what ids they have: a split of a labelled data set, or unlabelled images.
 
     Raises:
         FileNotFoundError: As in `load_reid_dataset` and `load_person_images`.
         ValueError: As there, or if there is no such split.
     """
     if split is None:
-        return load_person_images(data)
+        return load_person_images(data, keep=ID_COLUMNS)
     if split not in SPLITS:
         raise ValueError(f"`split` must be one of {', '.join(SPLITS)}, got {split!r}.")
     return load_reid_dataset(data)[split].cast_column("image", datasets.Image(decode=False))

@@ -1,0 +1,300 @@
+"""Repeats the paper's findings in small: what each loss, more data and more training give, and how robust it is.
+
+    python examples/study.py --data DATA --output_dir runs/study --parts objective epochs data robustness
+
+Each model is pre-trained and fine-tuned by the scripts beside this one, once for each seed, and scored without labels
+(zero-shot) and after fine-tuning. A killed study goes on where it was. `--split validation` scores on half of the
+training people, which is what settings are chosen on; `--split test` on query and gallery, once. The output folder
+holds `study.md` (tables: mean and spread over the seeds), `plots/` and each model's own run.
+
+Parts: `objective` (paper's Table 4: DINO + MIM, DINO alone, MIM alone; at equal steps and at equal time), `epochs`
+(Fig. 3: longer pre-training on little data), `data` (Table 5: 10, 30 and 100% of the pictures at equal steps),
+`robustness` (occluded queries, shifted boxes; the models of `objective`).
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from PIL import Image
+from transformers import AutoImageProcessor
+
+from personvit_hf import load_person_images, load_reid_dataset
+from personvit_hf.files import written_aside
+from personvit_hf.scripting import load_embedding_model, option, parse_arguments, read_settings, score
+
+EXAMPLES = Path(__file__).resolve().parent
+PARTS = ("objective", "epochs", "data", "robustness")
+OBJECTIVES = {
+    "DINO + MIM": {},
+    "DINO alone": {"mim_loss_weight": 0.0},
+    "MIM alone": {"dino_loss_weight": 0.0},
+}
+SHIFTS = (0.0, 0.1, 0.2)
+
+
+@dataclass
+class StudyArguments:
+    data: str = field(metadata={"help": "Data set with unlabelled and labelled pictures."})
+    output_dir: str = field(metadata={"help": "Where everything is written, and found again by the next call."})
+    parts: list[str] = option(list(PARTS), f"Some of {', '.join(PARTS)}.")
+    seeds: list[int] = option([0, 1, 2], "One model of each kind for each of these.")
+    split: str = option("validation", "validation (half of the training people) or test (query and gallery).")
+    pretrain_config: str = option(str(EXAMPLES / "recipes" / "pretrain_rendered.yaml"), "Recipe of pretrain.py.")
+    finetune_config: str = option(str(EXAMPLES / "recipes" / "finetune_rendered.yaml"), "Recipe of finetune.py.")
+    pretrain_epochs: int | None = option(None, "Epochs on all pictures; None for the recipe's.")
+    finetune_epochs: int | None = option(None, "Epochs of fine-tuning; None for the recipe's.")
+    small_share: float = option(0.1, "Share of the pictures that part `epochs` trains on.")
+    epoch_factors: list[float] = option([1, 2, 4, 8], "Its numbers of epochs, as multiples of `pretrain_epochs`.")
+    shares: list[float] = option([0.1, 0.3, 1.0], "Shares of the pictures in part `data`.")
+
+
+@dataclass(frozen=True)
+class Model:
+    """One setting of one part: `settings` go to pretrain.py, None for random weights."""
+
+    part: str
+    variant: str
+    settings: dict[str, Any] | None
+    share: float = 1.0
+
+    @property
+    def name(self) -> str:
+        return "-".join([self.part, *self.variant.lower().replace("%", "").replace("+", "").split()])
+
+
+def main() -> None:
+    args = parse_arguments(StudyArguments)
+    unknown = sorted(set(args.parts) - set(PARTS))
+    if unknown or args.split not in ("validation", "test"):
+        raise ValueError(f"`parts` are {PARTS} and `split` is validation or test; got {unknown or args.split!r}.")
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    labelled = labelled_data(args)
+    rows = []
+    for part in args.parts:
+        for model in models_of(args, part):
+            for seed in args.seeds:
+                for kind, folder in trained(args, model, seed, labelled):
+                    figures = scored(folder, labelled, args.split, robust=part == "robustness")
+                    rows.append({"part": part, "variant": model.variant, "kind": kind, "seed": seed, **figures})
+        report(args, rows)
+
+
+def models_of(args: StudyArguments, part: str) -> Iterator[Model]:
+    """The models that a part compares."""
+    epochs = args.pretrain_epochs or read_settings(args.pretrain_config)["epochs"]
+    if part in ("objective", "robustness"):
+        yield Model("objective", "random", None)
+        for variant, weights in OBJECTIVES.items():
+            yield Model("objective", variant, {"epochs": epochs, "config_overrides": weights})
+    if part == "objective":
+        for variant, weights in list(OBJECTIVES.items())[1:]:
+            same_time = round(epochs * seconds(args, "DINO + MIM") / seconds(args, variant))
+            if same_time != epochs:
+                settings = {"epochs": same_time, "config_overrides": weights}
+                yield Model("objective", f"{variant} equal time", settings)
+    if part == "epochs":
+        for factor in args.epoch_factors:
+            count = max(1, round(factor * epochs))
+            yield Model("epochs", f"{count} epochs", {"epochs": count}, args.small_share)
+    if part == "data":
+        for share in args.shares:
+            # equal steps: the fewer the pictures, the more often each is seen
+            yield Model("data", f"{share:.0%}", {"epochs": max(1, round(epochs / share))}, share)
+
+
+def trained(args: StudyArguments, model: Model, seed: int, labelled: Path) -> Iterator[tuple[str, Path]]:
+    """(zero-shot or fine-tuned, folder) of a model, trained now if it was not."""
+    folder = Path(args.output_dir) / model.name / f"seed-{seed}"
+    flags: dict[str, Any] = {}
+    if model.settings is not None:
+        yield (
+            "zero-shot",
+            run_once(
+                "pretrain.py",
+                folder / "pretrained",
+                merged(
+                    args.pretrain_config, model.settings | {"seed": seed, "data": unlabelled_data(args, model.share)}
+                ),
+            ),
+        )
+        flags["model_name_or_path"] = str(folder / "pretrained")
+    if args.finetune_epochs is not None:
+        flags["epochs"] = args.finetune_epochs
+    settings = merged(args.finetune_config, flags | {"seed": seed, "data": str(labelled)})
+    yield "fine-tuned", run_once("finetune.py", folder / f"finetuned-{args.split}", settings)
+
+
+def merged(recipe: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """A recipe with some settings changed; of `config_overrides`, only those that are given."""
+    base = read_settings(recipe)
+    overrides = json.loads(base.get("config_overrides", "{}")) | settings.get("config_overrides", {})
+    return base | settings | {"config_overrides": overrides}
+
+
+def run_once(script: str, folder: Path, settings: dict[str, Any]) -> Path:
+    """Runs a script into `folder` unless it has been, or goes on with what was interrupted.
+
+    Raises:
+        ValueError: if the folder was made with other settings.
+        CalledProcessError: if the script fails.
+    """
+    done, config = folder / "done", folder / "study.json"
+    text = json.dumps(settings, indent=2, sort_keys=True)
+    if config.is_file() and config.read_text() != text:
+        raise ValueError(f"{folder} was made with other settings (its study.json): choose another `output_dir`.")
+    if not done.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        config.write_text(text)
+        print(f"{script} -> {folder}", flush=True)
+        command = [sys.executable, str(EXAMPLES / script), "--config", str(config), "--output_dir", str(folder)]
+        # one thread for small models: see demo.py
+        environment = {"OMP_NUM_THREADS": "1"} | os.environ
+        subprocess.run([*command, "--resume_from", "latest"], check=True, env=environment)
+        done.touch()
+    return folder
+
+
+def seconds(args: StudyArguments, variant: str) -> float:
+    """Time of a step of the models of `objective`, by their logs: the median over the seeds."""
+    folder = Path(args.output_dir) / Model("objective", variant, {}).name
+    speeds = []
+    for log in sorted(folder.glob("seed-*/pretrained/metrics.jsonl")):
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        speeds += [line["images_per_second"] for line in lines if "images_per_second" in line][-1:]
+    return 1 / statistics.median(speeds)
+
+
+def unlabelled_data(args: StudyArguments, share: float) -> str:
+    """The pictures to pre-train on, or a parquet file with a part of them; the smaller part lies within the larger."""
+    if share == 1:
+        return args.data
+    path = Path(args.output_dir) / "data" / f"unlabelled-{share:g}.parquet"
+    if not path.is_file():
+        rows = load_person_images(args.data)
+        order = np.random.default_rng(0).permutation(len(rows))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_aside(path) as partial:
+            rows.select(np.sort(order[: round(share * len(rows))])).to_parquet(partial)
+    return str(path)
+
+
+def labelled_data(args: StudyArguments) -> Path:
+    """The data set itself, or with `split` validation one whose query and gallery are half of the training people."""
+    if args.split == "test":
+        return Path(args.data)
+    folder = Path(args.output_dir) / "data" / "validation"
+    if not (folder / "query.parquet").is_file():
+        rows = load_reid_dataset(args.data)["train"]
+        persons, cameras = np.array(rows["person_id"]), np.array(rows["camera_id"])
+        people = np.unique(persons[persons > 0])
+        held_out = np.isin(persons, people[len(people) // 2 :])
+        # the first picture of each person and camera asks for the others
+        _, first = np.unique(np.stack([persons, cameras]), axis=1, return_index=True)
+        query = np.isin(np.arange(len(rows)), first) & held_out
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, chosen in (("train", ~held_out), ("gallery", held_out & ~query), ("query", query)):
+            with written_aside(folder / f"{name}.parquet") as partial:
+                rows.select(np.flatnonzero(chosen)).to_parquet(partial)
+    return folder
+
+
+def scored(folder: Path, labelled: Path, split: str, robust: bool) -> dict[str, float]:
+    """mAP and Rank-1 of a model; with `robust` also mAP by occlusion and for shifted boxes. Kept in the folder."""
+    path = folder / f"scores-{split}{'-robust' if robust else ''}.json"
+    if not path.is_file():
+        model, processor = load_embedding_model(str(folder)), AutoImageProcessor.from_pretrained(folder)
+        dataset = load_reid_dataset(str(labelled))
+        figures = {}
+        for shift in SHIFTS if robust else SHIFTS[:1]:
+            queries = dataset["query"] if shift == 0 else shifted(dataset["query"], shift)
+            result = score(model, processor, datasets.DatasetDict({**dataset, "query": queries}))
+            if shift == 0:
+                figures |= {"mAP": result["mAP"], "Rank-1": result["rank1"]}
+                groups = result.get("by_group", {}).get("occlusion", []) if robust else []
+                figures |= {f"mAP, occluded {group['occlusion']}": group["mAP"] for group in groups}
+            else:
+                figures[f"mAP, shifted {shift:.0%}"] = result["mAP"]
+        path.write_text(json.dumps(figures))
+    return json.loads(path.read_text())
+
+
+def shifted(rows: datasets.Dataset, share: float) -> datasets.Dataset:
+    """Pictures whose boxes missed the person by `share` of their height and width, each in a direction of its own."""
+    images = []
+    for index, row in enumerate(rows):
+        picture = row["image"].convert("RGB")
+        signs = np.random.default_rng(index).choice([-1, 1], 2)
+        left, top = (round(sign * share * side) for sign, side in zip(signs, picture.size, strict=True))
+        pixels = np.pad(np.array(picture), ((abs(top),) * 2, (abs(left),) * 2, (0, 0)), mode="edge")
+        height, width = picture.height, picture.width
+        top, left = abs(top) + top, abs(left) + left
+        images.append(Image.fromarray(pixels[top : top + height, left : left + width]))
+    kept = {name: rows[name] for name in rows.column_names if name != "image"}
+    return datasets.Dataset.from_dict({"image": images, **kept})
+
+
+def report(args: StudyArguments, rows: list[dict[str, Any]]) -> None:
+    """Writes study.md and the plots."""
+    lines = [f"# Study: {args.split}", "", f"Mean and standard deviation over seeds {args.seeds}; per cent.", ""]
+    for part in dict.fromkeys(row["part"] for row in rows):
+        table = summary([row for row in rows if row["part"] == part])
+        names = list(dict.fromkeys(name for figures in table.values() for name in figures))
+        lines += [f"## {part}", "", f"| model | | {' | '.join(names)} |", "|---|---|" + "---|" * len(names)]
+        for (variant, kind), figures in table.items():
+            cells = [
+                f"{mean:.1f} +- {spread:.1f}" for mean, spread in (figures.get(name, (np.nan,) * 2) for name in names)
+            ]
+            lines.append(f"| {variant} | {kind} | {' | '.join(cells)} |")
+        lines.append("")
+        plot(Path(args.output_dir) / "plots", part, table, names)
+    (Path(args.output_dir) / "study.md").write_text("\n".join(lines))
+    print("\n".join(lines), flush=True)
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, tuple[float, float]]]:
+    """(mean, standard deviation) in per cent of each figure by (variant, kind)."""
+    table: dict[tuple[str, str], dict[str, tuple[float, float]]] = {}
+    for key in dict.fromkeys((row["variant"], row["kind"]) for row in rows):
+        runs = [row for row in rows if (row["variant"], row["kind"]) == key]
+        names = [name for name in runs[0] if name not in ("part", "variant", "kind", "seed")]
+        values = {name: [100 * run[name] for run in runs] for name in names}
+        table[key] = {
+            name: (statistics.mean(v), statistics.stdev(v) if len(v) > 1 else 0.0) for name, v in values.items()
+        }
+    return table
+
+
+def plot(folder: Path, part: str, table: dict, names: list[str]) -> None:
+    """A picture of a part: mAP by model; for `robustness`, each model's mAP by disturbance."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    for axes, kind in zip(figure.subplots(1, 2), ("zero-shot", "fine-tuned"), strict=True):
+        found = {variant: figures for (variant, other), figures in table.items() if other == kind}
+        if part == "robustness":
+            shown = [name for name in names if name.startswith("mAP")]
+            for variant, figures in found.items():
+                axes.plot(range(len(shown)), [figures[name][0] for name in shown], marker="o", label=variant)
+            axes.set_xticks(range(len(shown)), [name.removeprefix("mAP, ") for name in shown], rotation=45, ha="right")
+            axes.legend(fontsize="small")
+        else:
+            means, spreads = zip(*(figures["mAP"] for figures in found.values()), strict=True)
+            axes.errorbar(range(len(found)), means, spreads, marker="o", capsize=3, linestyle="none")
+            axes.set_xticks(range(len(found)), list(found), rotation=30, ha="right")
+        axes.set(title=kind, ylabel="mAP, %")
+        axes.grid(axis="y", alpha=0.3)
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / f"{part}.png", dpi=150)
+
+
+if __name__ == "__main__":
+    main()

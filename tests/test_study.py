@@ -1,0 +1,148 @@
+"""The study: what it compares, how it splits, goes on and sums up; end to end with tiny models."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+import study  # noqa: E402
+
+MODEL = {
+    **{"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 64, "patch_size": 8},
+    **{"num_cls_prototypes": 64, "num_patch_prototypes": 32},
+    **{"projection_hidden_size": 32, "projection_bottleneck_size": 16},
+}
+
+
+@pytest.fixture
+def args(tmp_path) -> study.StudyArguments:
+    recipes = {
+        "pretrain": {
+            **{"config_overrides": json.dumps(MODEL), "image_size": [32, 16], "local_size": [16, 8], "epochs": 2},
+            **{"num_local_crops": 1, "batch_size": 32, "warmup_epochs": 0.5, "num_workers": 0, "save_epochs": 0},
+            "logging_steps": 1,
+        },
+        "finetune": {
+            **{"config_overrides": json.dumps(MODEL), "image_size": [32, 16], "padding": 2, "epochs": 1},
+            **{"identities_per_batch": 8, "images_per_identity": 2, "num_workers": 0, "warmup_epochs": 1},
+        },
+    }
+    for name, recipe in recipes.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+    return study.StudyArguments(
+        data=str(EXAMPLES / "data"),
+        output_dir=str(tmp_path / "study"),
+        seeds=[0],
+        pretrain_config=str(tmp_path / "pretrain.yaml"),
+        finetune_config=str(tmp_path / "finetune.yaml"),
+    )
+
+
+def test_a_recipe_keeps_the_rest_of_its_overrides(args):
+    settings = study.merged(args.pretrain_config, {"epochs": 7, "config_overrides": {"mim_loss_weight": 0.0}})
+    assert settings["epochs"] == 7 and settings["batch_size"] == 32
+    assert settings["config_overrides"] == MODEL | {"mim_loss_weight": 0.0}
+
+
+def test_settings_are_chosen_on_other_people_than_they_are_reported_on(args):
+    folder = study.labelled_data(args)
+    parts = {
+        name: datasets.Dataset.from_parquet(str(folder / f"{name}.parquet")) for name in ("train", "query", "gallery")
+    }
+    people = {name: set(rows["person_id"]) for name, rows in parts.items()}
+    assert people["query"] == people["gallery"] and not people["query"] & people["train"]
+    test = study.load_reid_dataset(args.data)
+    assert not (people["query"] | people["train"]) & set(test["query"]["person_id"])
+    assert sum(map(len, parts.values())) == len(test["train"])
+    pairs = list(zip(parts["query"]["person_id"], parts["query"]["camera_id"], strict=True))
+    assert len(pairs) == len(set(pairs))
+    args.split = "test"
+    assert study.labelled_data(args) == Path(args.data)
+
+
+def test_fewer_pictures_lie_within_more_and_are_seen_more_often(args):
+    args.output_dir = str(Path(args.output_dir) / "x")
+    few, more = (datasets.Dataset.from_parquet(study.unlabelled_data(args, share)) for share in (0.1, 0.3))
+    bytes_of = [
+        {row["bytes"] for row in rows.cast_column("image", datasets.Image(decode=False))["image"]}
+        for rows in (few, more)
+    ]
+    assert len(few) == 40 and len(more) == 120 and bytes_of[0] <= bytes_of[1]
+    assert [model.settings["epochs"] for model in study.models_of(args, "data")] == [20, 7, 2]
+
+
+def test_a_run_is_not_repeated_and_never_mixed_with_another(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(study.subprocess, "run", lambda command, **kwargs: calls.append(command))
+    for _ in range(2):
+        study.run_once("pretrain.py", tmp_path / "a", {"seed": 0})
+    assert len(calls) == 1
+    with pytest.raises(ValueError, match="other settings"):
+        study.run_once("pretrain.py", tmp_path / "a", {"seed": 1})
+
+
+def test_a_failed_run_is_tried_again(tmp_path, monkeypatch):
+    def fail(command, **kwargs):
+        raise subprocess.CalledProcessError(1, command)
+
+    monkeypatch.setattr(study.subprocess, "run", fail)
+    for _ in range(2):
+        with pytest.raises(subprocess.CalledProcessError):
+            study.run_once("pretrain.py", tmp_path / "a", {})
+
+
+def test_a_shifted_box_shows_the_same_person_elsewhere():
+    picture = np.arange(20 * 10 * 3, dtype=np.uint8).reshape(20, 10, 3)
+    rows = datasets.Dataset.from_dict({"image": [Image.fromarray(picture)], "person_id": [3], "camera_id": [1]})
+    rows = rows.cast_column("image", datasets.Image())
+    moved = study.shifted(rows, 0.2)
+    found = np.array(moved[0]["image"])
+    assert found.shape == picture.shape and moved[0]["person_id"] == 3
+    overlaps = [
+        (found[max(dy, 0) : 20 + min(dy, 0), max(dx, 0) : 10 + min(dx, 0)]
+         == picture[max(-dy, 0) : 20 + min(-dy, 0), max(-dx, 0) : 10 + min(-dx, 0)]).all()
+        for dy in (-4, 4) for dx in (-2, 2)
+    ]  # fmt: skip
+    assert sum(overlaps) == 1
+
+
+def test_the_summary_is_the_mean_and_spread_of_the_seeds():
+    rows = [
+        {"part": "data", "variant": "a", "kind": "zero-shot", "seed": seed, "mAP": m}
+        for seed, m in enumerate((0.1, 0.2, 0.3))
+    ]
+    mean, spread = study.summary(rows)["a", "zero-shot"]["mAP"]
+    assert mean == pytest.approx(20) and spread == pytest.approx(10)
+
+
+@pytest.mark.parametrize("wrong", [{"parts": ["objectives"]}, {"split": "train"}])
+def test_an_unknown_part_or_split_is_an_error(args, wrong, monkeypatch):
+    flags = [f"--{name}={value[0] if isinstance(value, list) else value}" for name, value in wrong.items()]
+    monkeypatch.setattr(sys, "argv", ["study.py", "--data", args.data, "--output_dir", args.output_dir, *flags])
+    with pytest.raises(ValueError, match="objectives|train"):
+        study.main()
+
+
+@pytest.mark.slow
+def test_end_to_end(args):
+    flags = [
+        f"--{name}={getattr(args, name)}" for name in ("data", "output_dir", "pretrain_config", "finetune_config")
+    ]
+    command = [sys.executable, EXAMPLES / "study.py", *flags, "--seeds", "0", "--parts", *study.PARTS]
+    command += ["--pretrain_epochs", "1", "--epoch_factors", "1", "2", "--shares", "0.3", "1"]
+    first = subprocess.run(command, capture_output=True, text=True)
+    assert first.returncode == 0, first.stderr[-2000:]
+    report = (Path(args.output_dir) / "study.md").read_text()
+    assert all(f"## {part}" in report for part in study.PARTS) and "mAP, shifted 20%" in report
+    assert len(list((Path(args.output_dir) / "plots").iterdir())) == len(study.PARTS)
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0 and "pretrain.py ->" not in again.stdout
+    assert (Path(args.output_dir) / "study.md").read_text() == report
