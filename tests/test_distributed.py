@@ -207,7 +207,8 @@ def test_in_bf16_the_teacher_stays_in_float32(people, alone, tmp_path, backend, 
     losses = column(alone, "loss"), column(out, "loss")
     assert not (losses[0][:5] == losses[1][:5]).any()  # it did compute in bf16
     assert losses[0][:5] == pytest.approx(losses[1][:5], rel=0.05)
-    teacher = {name: weight for name, weight in weights(out).items() if name.startswith("personvit.layers")}
+    kept = ("personvit.layers", "center", "patch_center")
+    teacher = {name: weight for name, weight in weights(out).items() if name.startswith(kept)}
     for name, weight in teacher.items():
         assert weight.dtype == torch.float32
         assert not torch.equal(weight, weight.bfloat16().float()), name
@@ -223,6 +224,15 @@ def test_deepspeed_modes_that_would_round_the_teacher_are_refused(tmp_path, monk
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     with pytest.raises(ValueError, match="a teacher in 16 bits stands still"):
         make_accelerator(tmp_path, precision, 1, None, 1.0)
+
+
+@pytest.mark.parametrize("version", ["1", None])
+def test_fsdp_of_version_1_is_refused(tmp_path, monkeypatch, version):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    if version is not None:
+        monkeypatch.setenv("FSDP_VERSION", version)
+    with pytest.raises(ValueError, match="FSDP of version 1 is not supported: set `fsdp_version: 2`"):
+        make_accelerator(tmp_path, "no", 1, None, 1.0)
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in CONFIGURATIONS.glob("*.yaml")))

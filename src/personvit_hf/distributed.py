@@ -42,7 +42,7 @@ def make_accelerator(
         timeout_minutes: How long processes wait for each other before they give up.
 
     Raises:
-        ValueError: for fp16 or bf16 modes of DeepSpeed that would round the teacher.
+        ValueError: for fp16 or bf16 modes of DeepSpeed that would round the teacher, and for FSDP of version 1.
     """
     backend = None
     deepspeed = None
@@ -50,6 +50,8 @@ def make_accelerator(
         precision = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         deepspeed, mixed_precision = _deepspeed_plugin(precision), "no"
         backend = None if torch.cuda.is_available() else "gloo"
+    if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true" and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ValueError("FSDP of version 1 is not supported: set `fsdp_version: 2` (`--fsdp_version 2`).")
     return Accelerator(
         mixed_precision=mixed_precision,
         gradient_accumulation_steps=gradient_accumulation_steps,
