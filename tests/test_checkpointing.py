@@ -368,16 +368,25 @@ def test_progress_that_is_none(tmp_path, name, wrong):
         resume(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["0.weight/exp_avg", "0/numpy", "0/numpy_position", "0/python", "0/torch"])
-def test_state_of_another_shape(tmp_path, name):
+@pytest.mark.parametrize(
+    "file, name, wrong",
+    [
+        ("optimizer", "0.weight/exp_avg", torch.zeros(8, 4)),
+        ("optimizer", "0.weight/exp_avg", torch.tensor(1.0)),
+        ("optimizer", "0.weight/step", torch.zeros(2)),
+        ("optimizer", "1.weight/step", torch.tensor(1.0)),  # dropout has none
+        ("random_states", "0/numpy", torch.zeros(623, dtype=torch.int64)),
+        ("random_states", "0/numpy_position", torch.tensor([625, 0])),
+        ("random_states", "0/python", torch.zeros(3, dtype=torch.int64)),
+        ("random_states", "0/torch", torch.zeros(7, dtype=torch.uint8)),
+    ],
+)
+def test_state_that_is_none(tmp_path, file, name, wrong):
     run = Run()
     run.step()
     saved = run.save(tmp_path)
-    file = saved / ("optimizer.safetensors" if "weight" in name else "random_states.safetensors")
-    tensors = load_file(file)
-    save_file(tensors | {name: tensors[name].repeat(2) + 600}, file) if tensors[name].ndim == 1 else save_file(
-        tensors | {name: tensors[name].repeat(2, 2)}, file
-    )
+    path = saved / f"{file}.safetensors"
+    save_file(load_file(path) | {name: wrong}, path)
     (saved / "manifest.json").unlink()
     write_manifest(saved)
     with pytest.raises(ValueError, match="does not fit the run"):

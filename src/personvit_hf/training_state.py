@@ -149,7 +149,7 @@ def _check_state(name: str, key: str, value: torch.Tensor, parameter: nn.Paramet
     if parameter is None or not parameter.requires_grad:
         raise ValueError(f"optimizer state of {name!r}, which is no trained parameter of this model")
     shape = getattr(parameter, "ds_shape", parameter.shape)  # of the whole, where ZeRO-3 holds a shard
-    if value.ndim and value.shape != shape:
+    if value.shape != shape and not (key == "step" and value.ndim == 0):
         raise ValueError(f"optimizer state {key!r} of {name!r}: shape {tuple(value.shape)}, expected {tuple(shape)}")
 
 
