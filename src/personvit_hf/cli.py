@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .cli_show import show_app
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 
@@ -33,6 +35,7 @@ def _numbers(text: str | None, kind: type = float, separator: str = ",") -> list
 
 data_app = typer.Typer(no_args_is_help=True, help="Get data sets ready.")
 app.add_typer(data_app, name="data")
+app.add_typer(show_app, name="show")
 
 
 @app.command()
