@@ -146,7 +146,7 @@ def test_lines_join_the_patches_that_match():
     assert [(line.xy1, line.xy2) for line in figure.artists] == [((24, 8), (40, 40)), ((8, 56), (24, 8))]
     for axis, points in zip(figure.axes, ([(24, 8), (8, 56)], [(40, 40), (24, 8)]), strict=True):
         assert [tuple(np.ravel(dot.get_data())) for dot in axis.lines] == points
-    assert "2 of 3 mutual matches" in figure.get_suptitle() and "1.0000" in figure.get_suptitle()
+    assert "2 of 3 mutual matches" in figure.get_suptitle() and "1.00000" in figure.get_suptitle()
     with pytest.raises(ValueError, match="`second` must hold one image, got 2"):
         draw_correspondences(first, patches(2), matches)
 

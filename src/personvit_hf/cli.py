@@ -289,6 +289,24 @@ def search(
         draw_results(query, folder, indices, draw)
 
 
+@app.command("app")
+def serve(
+    model: Annotated[list[str], typer.Option(help="Checkpoint; may be given several times, as NAME=PATH too.")],
+    gallery: Annotated[
+        list[str],
+        typer.Option(help="Images, a labelled data set, or a folder that `personvit embed` made; as NAME=PATH too."),
+    ],
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(help="7860 or the next free one if not given.")] = None,
+) -> None:
+    """Serve a page that searches a gallery for a person and shows what the model sees."""
+    from .app import PersonFinder, launch_app, named_sources
+
+    blocks = launch_app(PersonFinder(named_sources(model), named_sources(gallery)), host, port, block=False)
+    typer.echo(f"Open {blocks.local_url} (Ctrl+C ends it).")
+    blocks.block_thread()
+
+
 @data_app.command()
 def prepare(
     source: Annotated[

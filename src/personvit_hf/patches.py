@@ -6,7 +6,7 @@ Arrays in and out; `visualization` draws them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -45,6 +45,17 @@ class PatchTokens:
         rows, columns = self.tokens.shape[1:3]
         start, step = (self.patch_size - self.patch_stride) / 2, self.patch_stride
         return start, start + columns * step, start + rows * step, start
+
+    def only(self, index: int) -> PatchTokens:
+        """The same of one image."""
+        here = slice(index, index + 1)
+        return replace(
+            self,
+            images=self.images[here],
+            tokens=self.tokens[here],
+            attention=self.attention[here],
+            embeddings=self.embeddings[here],
+        )
 
     def centre(self, row: int, column: int) -> tuple[float, float]:
         """(x, y) of the middle of a patch, in pixels."""

@@ -190,7 +190,7 @@ def draw_correspondences(
         for axis, point in zip(axes, (first.centre(*here), second.centre(*there)), strict=True):
             axis.plot(*point, "o", color=color, ms=4, mec="white", mew=0.6)
     figure.suptitle(
-        f"cosine of the pictures {float(first.embeddings[0] @ second.embeddings[0]):.4f}\n"
+        f"cosine of the pictures {float(first.embeddings[0] @ second.embeddings[0]):.5f}\n"
         f"{min(num_shown, len(matches.first))} of {len(matches.first)} mutual matches"
     )
     return figure
