@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, set_seed
 
-from personvit_hf import PersonViTForReID, PersonViTModel, embed_images, load_reid_dataset
+from personvit_hf import PersonViTForReID, PersonViTModel, load_reid_dataset
 from personvit_hf.person_images import PersonImages
-from personvit_hf.reid_retrieval.ranking import pairwise_distances
-from personvit_hf.scripting import option, parse_arguments, score
-from personvit_hf.visualization import draw_rankings
+from personvit_hf.scripting import embed_benchmark, option, parse_arguments, score
+from personvit_hf.search import rank_benchmark
+from personvit_hf.visualization import draw_rankings, save_figure
 
 EXAMPLES = Path(__file__).resolve().parent
 NUM_ROWS, NUM_COLUMNS = 8, 10
@@ -67,23 +67,17 @@ def main() -> None:
 
     # Features through AutoModel, as an application would get them
     model = AutoModel.from_pretrained(finetuned)
-    processor = AutoImageProcessor.from_pretrained(finetuned)
-    query, gallery = dataset["query"], dataset["gallery"]
-    distances = pairwise_distances(embed_images(model, processor, query), embed_images(model, processor, gallery))
+    columns = embed_benchmark(model, AutoImageProcessor.from_pretrained(finetuned), dataset)
     picture = output_dir / "retrievals.png"
+    query, gallery = PersonImages(dataset["query"]), PersonImages(dataset["gallery"])
     chosen = np.linspace(0, len(query) - 1, NUM_ROWS).round().astype(int)
-    rankings = np.argsort(distances[chosen], axis=1, kind="stable")[:, :NUM_COLUMNS]
-    same = {
-        name: np.array(gallery[name])[rankings] == np.array(query[name])[chosen][:, None]
-        for name in ("person_id", "camera_id")
-    }
-    outcomes = np.where(same["person_id"], np.where(same["camera_id"], -1, 1), 0)
-    query_images, gallery_images = PersonImages(query), PersonImages(gallery)
-    draw_rankings([query_images[int(i)] for i in chosen], gallery_images, rankings, outcomes).save(picture)
+    save_figure(
+        draw_rankings([query[i] for i in chosen], gallery, *rank_benchmark(columns, chosen, NUM_COLUMNS)), picture
+    )
 
     print(f"\n{'model':<24}{'mAP':>6}{'Rank-1':>9}", *rows, sep="\n")
     print(f"\nRanked retrievals: {picture}")
-    print("blue: query; green: same person; red: another; grey: same person, same camera, which counts for nothing")
+    print("blue: query; green: same person; red: another; faded: same person, same camera, which counts for nothing")
 
 
 if __name__ == "__main__":

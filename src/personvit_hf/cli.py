@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .cli_show import show_app
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 
@@ -33,6 +35,7 @@ def _numbers(text: str | None, kind: type = float, separator: str = ",") -> list
 
 data_app = typer.Typer(no_args_is_help=True, help="Get data sets ready.")
 app.add_typer(data_app, name="data")
+app.add_typer(show_app, name="show")
 
 
 @app.command()
@@ -284,6 +287,24 @@ def search(
                 typer.echo(f"{rank:>4}  {similarity:.4f}  {folder.names[i]}{ids}")
     if draw:
         draw_results(query, folder, indices, draw)
+
+
+@app.command("app")
+def serve(
+    model: Annotated[list[str], typer.Option(help="Checkpoint; may be given several times, as NAME=PATH too.")],
+    gallery: Annotated[
+        list[str],
+        typer.Option(help="Images, a labelled data set, or a folder that `personvit embed` made; as NAME=PATH too."),
+    ],
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(help="7860 or the next free one if not given.")] = None,
+) -> None:
+    """Serve a page that searches a gallery for a person and shows what the model sees."""
+    from .app import PersonFinder, launch_app, named_sources
+
+    blocks = launch_app(PersonFinder(named_sources(model), named_sources(gallery)), host, port, block=False)
+    typer.echo(f"Open {blocks.local_url} (Ctrl+C ends it).")
+    blocks.block_thread()
 
 
 @data_app.command()

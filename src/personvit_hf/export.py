@@ -204,6 +204,7 @@ def export_onnx(
     batch_size: int | None = None,
     opset: int = ONNX_OPSET,
     overwrite: bool = False,
+    prepare: nn.Module | None = None,
 ) -> None:
     """Writes one ONNX file.
 
@@ -220,6 +221,8 @@ def export_onnx(
         batch_size: The only batch size that the file takes; `None` for any.
         opset: Version of the ONNX operators, 18 or later.
         overwrite: Replace an existing file.
+        prepare: Goes into the file before the model, for input of another size or statistics than the model's; those
+            are then what `processor` tells.
 
     Raises:
         ImportError: if `onnx` or `onnxscript` are not installed.
@@ -233,7 +236,7 @@ def export_onnx(
     file = _with_suffix(file, ".onnx")
     if opset < ONNX_OPSET:
         raise ValueError(f"`opset` must be {ONNX_OPSET} or later, got {opset}: PyTorch writes no older ones.")
-    embedder, example, dynamic_shapes = _traceable(model, processor, normalize, half, batch_size)
+    embedder, example, dynamic_shapes = _traceable(model, processor, normalize, half, batch_size, prepare)
     num_bytes = sum(weight.nbytes for weight in embedder.state_dict().values())
     if num_bytes > ONNX_MAX_BYTES:
         raise ValueError(
@@ -305,14 +308,19 @@ def export_torch(
 class PersonEmbedder(nn.Module):
     """Pixels float32 (batch, channels, height, width) to embeddings float32 (batch, hidden), of length 1 if wanted."""
 
-    def __init__(self, backbone: PersonViTModel, neck: nn.BatchNorm1d | None, normalize: bool):
+    def __init__(
+        self, backbone: PersonViTModel, neck: nn.BatchNorm1d | None, normalize: bool, prepare: nn.Module | None = None
+    ):
         super().__init__()
+        self.prepare = prepare
         self.backbone = backbone
         self.neck = neck
         self.normalize = normalize
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """See the class."""
+        if self.prepare is not None:
+            pixel_values = self.prepare(pixel_values)
         feature = self.backbone(pixel_values.to(self.backbone.dtype)).pooler_output.float()
         if self.neck is not None:
             feature = self.neck(feature)
@@ -325,6 +333,7 @@ def _traceable(
     normalize: bool,
     half: bool,
     batch_size: int | None,
+    prepare: nn.Module | None = None,
 ) -> tuple[PersonEmbedder, torch.Tensor, dict | None]:
     """A copy to be traced, an input for it and which of its axes are free."""
     if batch_size is not None and batch_size < 1:
@@ -334,7 +343,7 @@ def _traceable(
     model.config.patch_grid(*size)  # an error that names the size, if it can't be cut into patches
     backbone, neck = copy.deepcopy(backbone_and_neck(model))
     backbone.set_attn_implementation("sdpa")
-    embedder = PersonEmbedder(backbone, neck, normalize).eval().requires_grad_(False).cpu().float()
+    embedder = PersonEmbedder(backbone, neck, normalize, prepare).eval().requires_grad_(False).cpu().float()
     if half:
         backbone.half()
     # a batch of 1 would be traced as a constant

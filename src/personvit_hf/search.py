@@ -17,7 +17,7 @@ import numpy as np
 from .embedding import ID_COLUMNS, EmbeddingFolder
 from .person_images import decode_image, load_person_images
 from .reid_data import SPLITS, load_reid_dataset
-from .visualization import draw_rankings
+from .visualization import draw_rankings, save_figure
 
 Filter = Mapping[str, Sequence[Any]]
 
@@ -256,13 +256,39 @@ def draw_results(queries: Sequence[Path], folder: EmbeddingFolder, indices: np.n
         )
     shown, places = np.unique(rankings, return_inverse=True)
     pictures = [decode_image(images[int(folder.rows[i])]["image"], folder.names[i]) for i in shown]
-    # Whether they are right is not known here: all in the neutral colour.
-    outcomes = np.full(rankings.shape, -1)
-    picture = draw_rankings(
-        [decode_image(query, str(query)) for query in queries], pictures, places.reshape(rankings.shape), outcomes
+    # Whether they are right is not known here.
+    figure = draw_rankings(
+        [decode_image(query, str(query)) for query in queries], pictures, places.reshape(rankings.shape)
     )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(file)
+    save_figure(figure, file)
+
+
+def rank_benchmark(
+    columns: Mapping[str, np.ndarray], queries: Sequence[int], k: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What some queries of a labelled benchmark find, and whether it is right.
+
+    Args:
+        columns: What `embed_benchmark` returns.
+        queries: Which ones, by index.
+        k: How many gallery images for each; junk (person -1) is left out.
+
+    Returns:
+        (queries, k) or fewer columns: int64 gallery indices, most similar first; int64 outcomes, 1 for the same
+        person, 0 for another, -1 for the same person in the same camera, which the protocol ignores; float32 cosine
+        similarities.
+
+    Raises:
+        ValueError: As in `ExactIndex.search`.
+    """
+    people, cameras = columns["gallery_person_ids"], columns["gallery_camera_ids"]
+    index = ExactIndex(columns["gallery_embeddings"], {"person_id": people})
+    rankings, similarities = index.search(columns["query_embeddings"][queries], k, exclude={"person_id": [-1]})
+    found = (rankings >= 0).all(axis=0)
+    rankings, similarities = rankings[:, found], similarities[:, found]
+    same_person = people[rankings] == columns["query_person_ids"][queries][:, None]
+    same_camera = cameras[rankings] == columns["query_camera_ids"][queries][:, None]
+    return rankings, np.where(same_person, np.where(same_camera, -1, 1), 0), similarities
 
 
 def _check_queries(queries: np.ndarray, width: int, k: int) -> None:

@@ -1,0 +1,230 @@
+"""The app over its HTTP interface, as a page, a script or somebody hostile uses it."""
+
+import base64
+import http.client
+import io
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from app_server import DATA, small_checkpoint
+from PIL import Image
+
+from personvit_hf.embedding import write_embeddings
+from personvit_hf.person_images import load_person_images
+
+pytest.importorskip("gradio")
+from personvit_hf.app import PersonFinder, launch_app, named_sources  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """A gallery of plain colours."""
+    folder = tmp_path_factory.mktemp("gallery")
+    for i in range(12):
+        Image.new("RGB", (30, 60), (20 * i, 255 - 20 * i, 90)).save(folder / f"{i:02}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finder(pictures, tmp_path_factory) -> PersonFinder:
+    models = {name: small_checkpoint(tmp_path_factory.mktemp(name), seed) for seed, name in enumerate(("one", "two"))}
+    made = PersonFinder(models, {"colours": str(pictures)})
+    embedded = tmp_path_factory.mktemp("embedded")
+    source = {"model": models["one"], "data": str(pictures), "split": None}
+    write_embeddings(*made.models["one"].loaded, load_person_images(pictures), embedded, source)
+    made.galleries["embedded"] = str(embedded)
+    return made
+
+
+@pytest.fixture(scope="module")
+def server(finder, tmp_path_factory):
+    """(host, port, folder of Gradio's files) of the running app."""
+    files = tmp_path_factory.mktemp("gradio")
+    before = os.environ.get("GRADIO_TEMP_DIR")
+    os.environ["GRADIO_TEMP_DIR"] = str(files)
+    blocks = launch_app(finder, block=False)
+    host, port = re.fullmatch(r"http://([\d.]+):(\d+)/", blocks.local_url).groups()
+    yield host, int(port), files
+    blocks.close()
+    os.environ.pop("GRADIO_TEMP_DIR") if before is None else os.environ.update(GRADIO_TEMP_DIR=before)
+
+
+def sent(content: bytes) -> str:
+    return "data:image/any;base64," + base64.b64encode(content).decode()
+
+
+def colour(i: int) -> str:
+    file = io.BytesIO()
+    Image.new("RGB", (30, 60), (20 * i, 255 - 20 * i, 90)).save(file, "PNG")
+    return sent(file.getvalue())
+
+
+def request(server, method, path, body=None, headers=None) -> tuple[int, str]:
+    connection = http.client.HTTPConnection(*server[:2], timeout=60)
+    try:
+        connection.request(method, path, body, {"Content-Type": "application/json", **(headers or {})})
+        response = connection.getresponse()
+        return response.status, response.read().decode(errors="replace")
+    finally:
+        connection.close()
+
+
+def call(server, name, *data) -> list:
+    status, text = request(server, "POST", f"/gradio_api/call/{name}", json.dumps({"data": data}))
+    assert status == 200, text
+    _, events = request(server, "GET", f"/gradio_api/call/{name}/{json.loads(text)['event_id']}")
+    kind, data = re.findall(r"^event: (\w+)\ndata: (.*)$", events, flags=re.MULTILINE)[-1]
+    return [kind, json.loads(data)]
+
+
+def test_it_listens_on_this_machine_alone(server):
+    assert server[0] == "127.0.0.1"
+    status, page = request(server, "GET", "/")
+    assert status == 200 and "PersonViT" in page
+
+
+@pytest.mark.parametrize("gallery", ["colours", "embedded"])
+def test_a_search_ranks_the_gallery_and_explains(server, gallery):
+    kind, (results, explanations) = call(server, "search", colour(4), "one", gallery, 5)
+    assert kind == "complete"
+    assert results.count("<figure>") == 5 and explanations.count("<img") == 3
+    similarities = [float(value) for value in re.findall(r"· (-?[\d.]+)<br>", results)]
+    assert similarities == sorted(similarities, reverse=True) and similarities[0] == 1.0
+    first = re.search(r'src="data:image/jpeg;base64,([^"]+)"', results)[1]
+    found = np.asarray(Image.open(io.BytesIO(base64.b64decode(first)))).mean(axis=(0, 1))
+    np.testing.assert_allclose(found, (80, 175, 90), atol=4)
+
+
+def test_two_pictures_are_compared(server):
+    kind, (same,) = call(server, "compare", colour(3), colour(3), "one")
+    assert kind == "complete" and "similarity 1.00000" in same and same.count("<img") == 3
+    _, (other,) = call(server, "compare", colour(0), colour(11), "one")
+    assert float(re.search(r"similarity (-?[\d.]+)", other)[1]) < 1
+
+
+def test_a_script_may_use_gradios_client(server):
+    gradio_client = pytest.importorskip("gradio_client")
+    client = gradio_client.Client("http://{}:{}".format(*server[:2]), verbose=False)
+    results, explanations = client.predict(colour(1), "two", "colours", 3, api_name="/search")
+    assert results.count("<figure>") == 3 and "<img" in explanations
+    client.close()
+
+
+@pytest.mark.parametrize(
+    "data, problem",
+    [
+        (["/etc/passwd", "one", "colours", 5], "This is no picture"),
+        (["data:image/png;base64,AAAA", "one", "colours", 5], "not an image"),
+        ([sent(b"<svg onload=alert(1)>"), "one", "colours", 5], "not an image"),
+        ([colour(1), "one", "colours", 51], "from 1 to 50|Error|maximum"),
+        ([colour(1), "one", "colours", "many"], ""),
+        ([colour(1), "../two", "colours", 5], ""),
+        ([colour(1), "one", "/etc", 5], ""),
+        ([colour(1), "two", "embedded", 5], "another model"),
+    ],
+)
+def test_wrong_requests_find_nothing_and_tell_no_paths(server, finder, data, problem):
+    kind, answer = call(server, "search", *data)
+    text = json.dumps(answer)
+    assert "<figure" not in text
+    if kind == "complete":
+        assert re.search(problem, answer[0])
+    for path in (*finder.galleries.values(), *(model.path for model in finder.models.values()), "site-packages"):
+        assert path not in text
+
+
+FILE = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [FILE, FILE | {"path": "http://127.0.0.1:1/a.png"}, [FILE], {"url": "http://127.0.0.1:1/"}, {"a": [FILE]}],
+    ids=str,
+)
+@pytest.mark.parametrize("path", ["call/search", "run/search", "queue/join", "api/search", "call/v2/search"])
+def test_requests_that_name_files_or_addresses_are_refused(server, path, value):
+    body = json.dumps({"data": [value, "one", "colours", 5], "fn_index": 0, "session_hash": "a"})
+    assert request(server, "POST", f"/gradio_api/{path}", body)[0] == 400
+
+
+@pytest.mark.parametrize(
+    "method, path",
+    [
+        ("POST", "/gradio_api/upload"),
+        ("GET", "/gradio_api/file=/etc/passwd"),
+        ("GET", "/gradio_api/file=../../../../etc/passwd"),
+        ("GET", "/gradio_api/file%3D/etc/passwd"),
+        ("GET", "/gradio_api/file/etc/passwd"),
+        ("GET", "/file=/etc/passwd"),
+        ("GET", "/gradio_api/proxy=http://127.0.0.1:1/"),
+        ("POST", "/gradio_api/component_server"),
+        ("POST", "/gradio_api/vibe-edit/"),
+        ("GET", "/gradio_api/stream/a/b/c/playlist-file"),
+    ],
+)
+def test_doors_to_files_are_shut(server, method, path):
+    status, text = request(server, method, path, "{}" if method == "POST" else None)
+    assert status in (403, 404) and "root:" not in text
+
+
+@pytest.mark.parametrize(
+    "path", ["/static/../../etc/passwd", "/assets/%2e%2e/%2e%2e/%2e%2e/etc/passwd", "/svelte/..%2f"]
+)
+def test_paths_lead_nowhere(server, path):
+    status, text = request(server, "GET", path)
+    assert status >= 400 or "root:" not in text
+
+
+def test_uploads_as_forms_are_refused(server):
+    form = {"Content-Type": "multipart/form-data; boundary=x"}
+    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\nabc\r\n--x--\r\n'
+    assert request(server, "POST", "/gradio_api/upload", body, form)[0] == 403
+    assert request(server, "POST", "/gradio_api/queue/join", body, form)[0] == 400
+
+
+def test_a_request_of_any_length_is_cut_off(server):
+    def pieces():
+        for _ in range(40):
+            yield b" " * 2**20
+
+    connection = http.client.HTTPConnection(*server[:2], timeout=60)
+    try:
+        connection.request("POST", "/gradio_api/call/search", pieces(), encode_chunked=True)
+        assert connection.getresponse().status == 413
+    except (BrokenPipeError, ConnectionResetError):
+        pass  # the server hung up while we were still sending
+    finally:
+        connection.close()
+    assert call(server, "search", colour(1), "one", "colours", 1)[0] == "complete"
+
+
+def test_nothing_that_was_sent_lies_on_the_disk(server):
+    call(server, "search", colour(2), "one", "colours", 3)
+    call(server, "compare", colour(2), colour(3), "one")
+    assert not [path for path in server[2].rglob("*") if path.is_file()]
+
+
+def test_pictures_to_try_come_from_a_labelled_gallery(finder):
+    assert finder.examples() == []
+    shown = PersonFinder({"m": finder.models["one"].path}, {"demo": DATA}).examples()
+    assert len(shown) == 6 and all(picture.dtype == np.uint8 for picture in shown)
+
+
+def test_names_of_sources():
+    assert named_sources(["runs/a", "owner/b", "c=runs/d"]) == {"a": "runs/a", "b": "owner/b", "c": "runs/d"}
+    with pytest.raises(ValueError, match="Two sources are called a"):
+        named_sources(["runs/a", "old/a"])
+
+
+def test_sources_that_are_not_there_are_told_at_the_start(finder, tmp_path):
+    model = {"m": finder.models["one"].path}
+    with pytest.raises(ValueError, match="at least one model"):
+        PersonFinder({}, {"g": DATA})
+    with pytest.raises((FileNotFoundError, OSError), match="nowhere"):
+        PersonFinder({"m": str(tmp_path / "nowhere")}, {"g": DATA})
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        PersonFinder(model, {"g": str(tmp_path / "nowhere")})
