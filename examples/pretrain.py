@@ -52,6 +52,7 @@ from personvit_hf.scripting import (
 )
 from personvit_hf.shards import load_person_stream
 from personvit_hf.streaming import PersonStream, skip_batches, stream_loader
+from personvit_hf.watching import DataWait, StepGuard, TeacherWatch, gradient_norm, warn_past_peak
 
 
 @dataclass
@@ -106,12 +107,17 @@ class PretrainArguments:
     mixed_precision: str | None = option(None, "no, fp16 or bf16; None follows accelerate's configuration.")
     max_broken_share: float = option(0.01, "Largest share of images that may be broken before the run stops.")
     logging_steps: int = option(10, "Optimizer steps between two lines of metrics.jsonl.")
+    watch_steps: int = option(
+        50, "Optimizer steps between two looks at the teacher: spread, entropies ...; 0 for none."
+    )
+    stop_on_collapse: bool = option(True, "Stop when three looks in a row show a collapse.")
+    skip_nonfinite_steps: int = option(0, "Steps of the run that may be skipped as their gradients are no numbers.")
     save_epochs: float = option(1.0, "Epochs (or a part of one) between two checkpoints; 0 for none.")
     keep_checkpoints: int = option(2, "Checkpoints kept.")
     resume_from: str | None = option(None, "A checkpoint's folder, or `latest`.")
     eval_data: str | None = option(None, "Labelled data set to score the teacher on during training.")
     eval_epochs: int = option(10, "Epochs between two scores.")
-    report_to: str | None = option(None, "tensorboard or trackio, beside metrics.jsonl.")
+    report_to: str | None = option(None, "tensorboard, trackio or wandb (several with commas), beside metrics.jsonl.")
     push_to_hub: bool = option(
         False, "Push model, processor, card and code to the Hub: in the background, and at the end."
     )
@@ -215,7 +221,7 @@ def main() -> None:
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         dataloader_config=DataLoaderConfiguration(even_batches=False),
-        log_with=args.report_to,
+        log_with=args.report_to.split(",") if args.report_to else None,
         project_dir=output_dir,
     )
 
@@ -228,6 +234,9 @@ def main() -> None:
     dataloader = build_dataloader(args, config, accelerator)
     eval_dataset = load_reid_dataset(args.eval_data) if args.eval_data else None
     optimizer = torch.optim.AdamW(pretraining_parameter_groups(model, args.weight_decay), lr=args.learning_rate)
+    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+        # the stem's batch norms, as DINO does; there is no such layer for CPUs, where each process has its own
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     set_seed(args.seed, device_specific=True)
     model, optimizer, dataloader = accelerator.prepare(model, optimizer, dataloader)
     unwrapped = accelerator.unwrap_model(model)
@@ -267,6 +276,7 @@ def main() -> None:
     budget = BrokenImageBudget(args.max_broken_share)
     bar = tqdm(total=total_steps, initial=progress.step, desc="Pre-training", disable=not accelerator.is_main_process)
     started, images_seen = time.perf_counter(), 0
+    watch, guard, data_wait = TeacherWatch(unwrapped), StepGuard(unwrapped, args.skip_nonfinite_steps), DataWait()
     model.train()
     for epoch in range(progress.epoch, args.epochs):
         dataloader.set_epoch(epoch)
@@ -283,7 +293,7 @@ def main() -> None:
                 ("teacher_patch_temperature", args.teacher_patch_temperature),
             )
         }
-        for batch in batches:
+        for batch in data_wait.timed(batches):
             rate = warmup_cosine(
                 progress.step,
                 total_steps=total_steps,
@@ -303,12 +313,18 @@ def main() -> None:
             budget.count(batch["broken"], len(inputs["global_pixel_values"]))
             for name in ("global_pixel_values", "local_pixel_values"):
                 inputs[name] = normalize(inputs[name], processor.image_mean, processor.image_std)
+            due_to_watch = args.watch_steps and (progress.step + 1) % args.watch_steps == 0
+            watch.wanted = due_to_watch
             with accelerator.accumulate(model):
                 outputs = model(**inputs, **temperatures)
                 accelerator.backward(outputs.loss)
                 if accelerator.sync_gradients:
                     optimizer_parameters = [p for group in optimizer.param_groups for p in group["params"]]
                     accelerator.unscale_gradients(optimizer)
+                    grad_norm = gradient_norm(optimizer_parameters) if due_to_watch else None
+                    skipped = guard.must_skip(progress.step, optimizer_parameters)
+                    if skipped:
+                        optimizer.zero_grad()
                     if args.clip_gradients:
                         clip_gradients_per_parameter(optimizer_parameters, args.clip_gradients)
                     if epoch < args.freeze_last_layer_epochs:
@@ -319,12 +335,15 @@ def main() -> None:
             images_seen += len(inputs["global_pixel_values"]) * accelerator.num_processes
             if not accelerator.sync_gradients:
                 continue
-            unwrapped.update_teacher(momentum)
+            if not skipped:
+                unwrapped.update_teacher(momentum)
+                guard.remember()
             progress.step += 1
             bar.update()
 
             due_to_save = save_steps and progress.step % save_steps == 0
-            if progress.step % args.logging_steps == 0 or due_to_save or progress.step == total_steps:
+            due_to_log = progress.step % args.logging_steps == 0 or due_to_save or progress.step == total_steps
+            if (due_to_log or due_to_watch) and not skipped:
                 losses = {name: value.detach().float() for name, value in outputs.items() if name.endswith("loss")}
                 reduced = accelerator.reduce(torch.stack(list(losses.values())), "mean")
                 figures = dict(zip(losses, reduced.tolist(), strict=True))
@@ -338,7 +357,12 @@ def main() -> None:
                     weight_decay=decay,
                     teacher_momentum=momentum,
                     images_per_second=images_seen / (time.perf_counter() - started),
+                    data_wait_share=data_wait.share(),
+                    **({"skipped_steps": guard.skipped} if args.skip_nonfinite_steps else {}),
+                    **({"gradient_norm": grad_norm} | watch.figures(**temperatures) if due_to_watch else {}),
                 )
+                if args.stop_on_collapse:
+                    watch.require_no_collapse(progress.step, output_dir)
             if due_to_save and progress.batch < len(dataloader):
                 save()
         budget.end_epoch()
@@ -347,6 +371,7 @@ def main() -> None:
             if accelerator.is_main_process:
                 result = score(unwrapped.personvit, processor, eval_dataset)
                 log.write(progress.step, epoch=epoch, mAP=result["mAP"], rank1=result["rank1"])
+                warn_past_peak(log.path)
             accelerator.wait_for_everyone()
         # here and not above, so that a resumed run starts with the next epoch
         if due_to_save or (save_steps and epoch + 1 == args.epochs):
