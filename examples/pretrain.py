@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
@@ -71,6 +71,7 @@ from personvit_hf.scripting import (
 )
 from personvit_hf.shards import load_person_stream
 from personvit_hf.streaming import PersonStream, skip_batches, stream_loader
+from personvit_hf.watching import DataWait, StepGuard, TeacherWatch, warn_past_peak
 
 
 @dataclass
@@ -125,6 +126,11 @@ class PretrainArguments:
     mixed_precision: str | None = option(None, "no, fp16 or bf16; None follows accelerate's configuration.")
     max_broken_share: float = option(0.01, "Largest share of images that may be broken before the run stops.")
     logging_steps: int = option(10, "Optimizer steps between two lines of metrics.jsonl.")
+    watch_steps: int = option(
+        50, "Optimizer steps between two looks at the teacher: spread, entropies ...; 0 for none."
+    )
+    stop_on_collapse: bool = option(True, "Stop when three looks in a row show a collapse.")
+    skip_nonfinite_steps: int = option(0, "Steps of the run that may be skipped as their gradients are no numbers.")
     save_epochs: float = option(1.0, "Epochs (or a part of one) between two checkpoints; 0 for none.")
     keep_checkpoints: int = option(2, "Checkpoints kept.")
     resume_from: str | None = option(None, "A checkpoint's folder, or `latest`.")
@@ -132,7 +138,7 @@ class PretrainArguments:
     eval_epochs: int = option(10, "Epochs between two scores.")
     keep_best: bool = option(False, "Keep the model with the highest mAP in `best`; it becomes the run's result.")
     timeout_minutes: float = option(30.0, "Minutes that processes wait for each other before they give up.")
-    report_to: str | None = option(None, "tensorboard or trackio, beside metrics.jsonl.")
+    report_to: str | None = option(None, "tensorboard, trackio or wandb (several with commas), beside metrics.jsonl.")
     push_to_hub: bool = option(
         False, "Push model, processor, card and code to the Hub: in the background, and at the end."
     )
@@ -239,9 +245,12 @@ def main() -> None:
         output_dir,
         args.mixed_precision,
         args.gradient_accumulation_steps,
-        args.report_to,
+        args.report_to.split(",") if args.report_to else None,
         args.timeout_minutes,
     )
+
+    if args.skip_nonfinite_steps and accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError("`skip_nonfinite_steps` is not for DeepSpeed, whose optimizer takes every step.")
 
     # Model, data, optimizer
     checkpoints, best = output_dir / "checkpoints", output_dir / "best"
@@ -259,6 +268,9 @@ def main() -> None:
     if args.freeze_last_layer_epochs:
         groups = split_frozen_group(accelerator, groups, model.student_head.prototype_parameters())
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate)
+    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+        # the stem's batch norms, as DINO does; there is no such layer for CPUs, where each process has its own
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     set_seed(args.seed, device_specific=True)
     model, optimizer, dataloader = accelerator.prepare(model, optimizer, dataloader)
     unwrapped = accelerator.unwrap_model(model)
@@ -305,6 +317,7 @@ def main() -> None:
     bar = tqdm(total=total_steps, initial=progress.step, desc="Pre-training", disable=not accelerator.is_main_process)
     started, images_seen = time.perf_counter(), 0
     stop = StopRequest(accelerator)
+    watch, guard, data_wait = TeacherWatch(unwrapped), StepGuard(unwrapped, args.skip_nonfinite_steps), DataWait()
     model.train()
     for epoch in range(progress.epoch, args.epochs):
         dataloader.set_epoch(epoch)
@@ -322,7 +335,7 @@ def main() -> None:
                 ("teacher_patch_temperature", args.teacher_patch_temperature),
             )
         }
-        for batch in batches:
+        for batch in data_wait.timed(batches):
             rate = warmup_cosine(
                 progress.step,
                 total_steps=total_steps,
@@ -347,14 +360,18 @@ def main() -> None:
             if part == 0:
                 batches_left = len(dataloader) - progress.samples // images_per_batch
                 weight = max(args.gradient_accumulation_steps / batches_left, 1.0)
+            due_to_watch = args.watch_steps and (progress.step + 1) % args.watch_steps == 0
+            watch.wanted = due_to_watch
             with accelerator.accumulate(model):
                 outputs = model(**inputs, **temperatures, move_centers=accelerator.sync_gradients)
                 backward(accelerator, model, outputs.loss * weight)
                 frozen = epoch < args.freeze_last_layer_epochs
                 if accelerator.sync_gradients:
                     accelerator.unscale_gradients(optimizer)
-                    if args.clip_gradients:
-                        clip_gradients(accelerator, model, args.clip_gradients)
+                    norm = clip_gradients(accelerator, model, args.clip_gradients or math.inf)
+                    skipped = guard.must_skip(progress.step, norm)
+                    if skipped:
+                        optimizer.zero_grad()
                     if frozen:
                         freeze_step(accelerator, optimizer, unwrapped.student_head.prototype_parameters())
                 optimizer_step(accelerator, model, optimizer)
@@ -364,12 +381,15 @@ def main() -> None:
             images_seen += images_per_batch
             if not accelerator.sync_gradients:
                 continue
-            unwrapped.update_teacher(momentum)
+            if not skipped:
+                unwrapped.update_teacher(momentum)
+                guard.remember()
             progress.step += 1
             bar.update()
 
             due_to_save = save_steps and progress.step % save_steps == 0
-            if progress.step % args.logging_steps == 0 or due_to_save or progress.step == total_steps:
+            due_to_log = progress.step % args.logging_steps == 0 or due_to_save or progress.step == total_steps
+            if (due_to_log or due_to_watch) and not skipped:
                 losses = {name: value.detach().float() for name, value in outputs.items() if name.endswith("loss")}
                 reduced = accelerator.reduce(torch.stack(list(losses.values())), "mean")
                 figures = dict(zip(losses, reduced.tolist(), strict=True))
@@ -383,7 +403,12 @@ def main() -> None:
                     weight_decay=decay,
                     teacher_momentum=momentum,
                     images_per_second=images_seen / (time.perf_counter() - started),
+                    data_wait_share=data_wait.share(),
+                    **({"skipped_steps": guard.skipped} if args.skip_nonfinite_steps else {}),
+                    **({"gradient_norm": norm.item()} | watch.figures(**temperatures) if due_to_watch else {}),
                 )
+                if args.stop_on_collapse:
+                    watch.require_no_collapse(progress.step, output_dir)
             if stop.agreed():
                 loss = accelerator.reduce(outputs.loss.detach(), "mean").item()
                 require_finite(progress.step, output_dir, loss=loss)
@@ -398,6 +423,7 @@ def main() -> None:
             if accelerator.is_main_process:
                 result = score(teacher.to(accelerator.device), processor, eval_dataset)
                 log.write(progress.step, epoch=epoch, mAP=result["mAP"], rank1=result["rank1"])
+                warn_past_peak(log.path)
             accelerator.wait_for_everyone()
             if args.keep_best:
                 save_best(accelerator, model, processor, best, progress, result.get("mAP"))

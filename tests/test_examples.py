@@ -153,7 +153,8 @@ def log_lines(folder: Path) -> list[dict]:
 
 def figures(folder: Path) -> list[dict]:
     """The run's log, without how fast it went."""
-    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in log_lines(folder)]
+    speed = ("images_per_second", "data_wait_share")
+    return [{name: value for name, value in line.items() if name not in speed} for line in log_lines(folder)]
 
 
 def column(folder: Path, name: str) -> np.ndarray:
@@ -257,6 +258,56 @@ def test_settings_of_a_run_give_it_again_and_flags_win(people, pretrained, tmp_p
     run("pretrain.py", config=pretrained / "arguments.yaml", output_dir=tmp_path / "other", epochs=1, seed=1)
     assert column(tmp_path / "other", "step").tolist() == list(range(1, STEPS_PER_EPOCH + 1))
     assert column(tmp_path / "other", "loss")[0] != column(pretrained, "loss")[0]
+
+
+def test_pretraining_watches_its_teacher(people, pretrained, tmp_path):
+    settings = {**PRETRAIN, "data": people / "unlabelled", "watch_steps": 3, "logging_steps": 12}
+    run("pretrain.py", output_dir=tmp_path, **settings, report_to="tensorboard", eval_data=people / "market")
+    assert column(tmp_path, "step").tolist() == [3, 6, 9, 12, 12]
+    names = {"feature_std", "effective_rank", "teacher_entropy", "teacher_kl_to_uniform", "gradient_norm"}
+    names |= {"center_norm", "patch_center_norm", "data_wait_share", "images_per_second"}
+    assert all(names <= line.keys() and all(map(np.isfinite, line.values())) for line in log_lines(tmp_path)[:4])
+    assert_same_weights(tmp_path, pretrained)  # watching changes nothing
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "personvit-pretrain")).Reload()
+    assert [event.step for event in events.Scalars("effective_rank")] == [3, 6, 9, 12]
+    assert events.Scalars("mAP")[0].value == pytest.approx(column(tmp_path, "mAP")[0])
+
+
+def test_pretraining_that_collapses_is_named_and_stopped(people, tmp_path):
+    collapsing = {"data": people / "unlabelled", "watch_steps": 2, "teacher_temperature": 50.0}
+    collapsing |= {"warmup_teacher_temperature": 50.0, "config_overrides": json.dumps(MODEL | {"center_momentum": 1})}
+    with pytest.raises(RuntimeError, match="collapsed at step 6: the teacher gives every prototype the same"):
+        run("pretrain.py", output_dir=tmp_path / "stopped", **PRETRAIN | collapsing)
+    assert column(tmp_path / "stopped", "teacher_entropy")[-1] == pytest.approx(np.log(64), abs=0.02)
+    run("pretrain.py", output_dir=tmp_path / "regardless", stop_on_collapse="false", **PRETRAIN | collapsing)
+
+
+def test_steps_that_are_no_numbers_are_skipped_and_counted(people, tmp_path, monkeypatch):
+    settings = {**PRETRAIN, "data": people / "unlabelled", "watch_steps": 0}
+    run("pretrain.py", output_dir=tmp_path / "checked", skip_nonfinite_steps=1, **settings)
+    forward, calls = PersonViTForPreTraining.forward, []
+
+    def broken_forward(self, global_pixel_values, **inputs):
+        calls.append(None)
+        broken = len(calls) in (3, 9)
+        return forward(self, global_pixel_values * (float("nan") if broken else 1), **inputs)
+
+    monkeypatch.setattr(PersonViTForPreTraining, "forward", broken_forward)
+    run("pretrain.py", output_dir=tmp_path / "skipping", skip_nonfinite_steps=2, **settings)
+    assert column(tmp_path / "skipping", "step").tolist() == [1, 2, 4, 5, 6, 7, 8, 10, 11, 12]
+    assert column(tmp_path / "skipping", "skipped_steps").tolist() == [0, 0, 1, 1, 1, 1, 1, 2, 2, 2]
+    assert all(value.isfinite().all() for value in weights(tmp_path / "skipping").values())
+    assert figures(tmp_path / "skipping")[:2] == figures(tmp_path / "checked")[:2]
+
+    calls.clear()
+    with pytest.raises(FloatingPointError, match="skip_nonfinite_steps"):
+        run("pretrain.py", output_dir=tmp_path / "limit", skip_nonfinite_steps=1, **settings)
+    calls.clear()
+    with pytest.raises(FloatingPointError, match="`loss` is nan after step 3"):
+        run("pretrain.py", output_dir=tmp_path / "stopped", **settings)
 
 
 def test_weight_decay_may_start_at_zero(people, pretrained, tmp_path):

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForImageClassification
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from personvit_hf import PersonViTForReID, PersonViTModel, conversion
+from personvit_hf import PersonViTConfig, PersonViTForReID, PersonViTModel, conversion
 from personvit_hf.modeling_personvit import batch_hard_triplet_loss, interpolate_position_embeddings
 from personvit_hf.schedules import finetune_learning_rate, finetuning_parameter_groups
 
@@ -220,6 +220,25 @@ def test_triplet_loss_with_any_number_of_images_of_a_person(margin):
     loss = batch_hard_triplet_loss(feature, labels, margin)
     assert loss.item() == pytest.approx(sum(losses) / 6, abs=1e-5)
     assert torch.autograd.grad(loss, feature)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("problem_type", ["multi_label_classification", "regression"])
+def test_attributes_of_people_instead_of_identities(problem_type):
+    torch.manual_seed(0)
+    config = PersonViTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=[32, 16],
+        num_labels=3, problem_type=problem_type,
+    )  # fmt: skip
+    model, pixels, labels = PersonViTForReID(config), torch.randn(4, 3, 32, 16), torch.rand(4, 3)
+    output = model(pixels, labels=labels)
+    losses = {
+        "multi_label_classification": torch.nn.functional.binary_cross_entropy_with_logits,
+        "regression": torch.nn.functional.mse_loss,
+    }
+    torch.testing.assert_close(output.loss, losses[problem_type](output.logits, labels))
+    assert output.triplet_loss is None
+    output.loss.backward()
+    assert model.classifier.weight.grad.abs().sum() > 0
 
 
 def test_triplet_loss_of_one_person_is_zero():

@@ -327,6 +327,25 @@ def test_teacher_takes_no_gradient_and_no_noise():
     }
 
 
+@pytest.mark.parametrize("extras", [{}, {"stem": "ics"}, {"num_part_tokens": 3, "koleo_loss_weight": 0.1}])
+def test_sdpa_equals_eager(extras):
+    outputs = []
+    for attention in ("eager", "sdpa"):
+        model = tiny_model(**extras, attn_implementation=attention).train()
+        output = model(**views(), output_logits=True)
+        output.loss.backward()
+        gradient = model.student.layers[0].attention.qkv_proj.weight.grad
+        outputs.append((output.loss, output.student_cls_logits, output.student_patch_logits, gradient))
+    for eager, sdpa in zip(*outputs, strict=True):
+        assert_within(1e-5, sdpa, eager)
+
+
+def test_batch_norms_that_are_synchronised_train_in_the_teacher_too():
+    model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(tiny_model(stem="ics")).train()
+    norms = [module for module in model.personvit.modules() if isinstance(module, torch.nn.SyncBatchNorm)]
+    assert len(norms) == 3 and all(norm.training for norm in norms) and not model.personvit.training
+
+
 def test_part_tokens_are_no_patches():
     model, inputs = tiny_model(num_part_tokens=3), views()
     output = model(**inputs, output_logits=True)

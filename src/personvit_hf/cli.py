@@ -107,7 +107,7 @@ def export(
     model: Annotated[str, typer.Argument(help="Folder or Hub name of a checkpoint.")],
     output: Annotated[Path, typer.Argument(help="Folder (vit, timm) or file (.onnx, .pt2) to write.")],
     to: Annotated[Runtime, typer.Option(help="Plain transformers ViT, timm, ONNX or a torch.export program.")],
-    half: Annotated[bool, typer.Option("--half", help="float16; onnx and torch still take and give float32.")] = False,
+    half: Annotated[bool, typer.Option("--half", help="16-bit weights; onnx and torch compute in float32.")] = False,
     normalize: Annotated[
         bool | None, typer.Option(help="Embeddings of length 1 (onnx and torch; the default there).")
     ] = None,

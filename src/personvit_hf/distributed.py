@@ -26,7 +26,7 @@ def make_accelerator(
     output_dir: str | Path,
     mixed_precision: str | None,
     gradient_accumulation_steps: int,
-    report_to: str | None,
+    report_to: str | list[str] | None,
     timeout_minutes: float,
 ) -> Accelerator:
     """The accelerator of a training script, as `accelerate launch` configured it.

@@ -75,6 +75,12 @@ class FileTree:
         printable = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
         self.skipped.setdefault(reason, []).append(printable)
 
+    def _list_or_skip(self, name: str, reason: str | None) -> None:
+        if reason:
+            self._skip(name, reason)
+        else:
+            self.names.append(name)
+
     def _unreadable(self, name: str, reason: str, error: object = "") -> UnreadableFile:
         return UnreadableFile(f"{self.path}, {name}: {reason}{f': {error}' if str(error) else ''}.", reason)
 
@@ -89,10 +95,7 @@ class FolderTree(FileTree):
         for file in walk_files(path, hidden=True):
             name = Path(os.path.relpath(file, path)).as_posix()
             reason = _odd_name(name)
-            if reason:
-                self._skip(name, reason)
-            else:
-                self.names.append(name)
+            self._list_or_skip(name, reason)
         self.names.sort()
 
     def read(self, name: str) -> bytes:
@@ -265,10 +268,7 @@ class LmdbTree(FileTree):
         for key in keys:
             name = key.decode("utf-8", "surrogateescape")
             reason = "no image" if key.startswith(b"__") else _why_not(name)
-            if reason:
-                self._skip(name, reason)
-            else:
-                self.names.append(name)
+            self._list_or_skip(name, reason)
         self.names.sort()
 
     def read(self, name: str) -> bytes:

@@ -8,6 +8,7 @@ from torch import nn
 from torchvision.ops import stochastic_depth
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.loss.loss_utils import ForSequenceClassificationLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
@@ -470,7 +471,9 @@ class PersonViTForReIDOutput(ModelOutput):
 class PersonViTForReID(PersonViTPreTrainedModel):
     r"""
     Backbone, BNNeck and ID classifier (Luo et al., arXiv 1903.07071): the [CLS] feature feeds the triplet loss, its
-    batch-normalised form the classifier. `config.num_labels` is the number of training identities.
+    batch-normalised form the classifier. `config.num_labels` is the number of training identities. For attributes of
+    people instead of identities, `config.problem_type` may be "multi_label_classification" or "regression", with the
+    loss that transformers' image classifiers have then, and no triplets.
     """
 
     _auto_class = "AutoModelForImageClassification"
@@ -508,7 +511,8 @@ class PersonViTForReID(PersonViTPreTrainedModel):
         Args:
             pixel_values (`torch.FloatTensor` of shape `(batch, num_channels, height, width)`): Normalised images.
             labels (`torch.LongTensor` of shape `(batch,)`, *optional*): Identities from 0 to `num_labels` - 1; gives
-                the losses. The batch should hold several images of each of several identities.
+                the losses. The batch should hold several images of each of several identities. With a
+                `problem_type` other than identities, float (batch, num_labels).
             camera_ids, view_ids (`torch.LongTensor` of shape `(batch,)`, *optional*): See [`PersonViTModel`].
 
         Raises:
@@ -520,7 +524,9 @@ class PersonViTForReID(PersonViTPreTrainedModel):
         logits = self.classifier(normalized)
 
         loss = id_loss = triplet_loss = None
-        if labels is not None:
+        if labels is not None and self.config.problem_type in ("multi_label_classification", "regression"):
+            loss = ForSequenceClassificationLoss(labels, logits, self.config)
+        elif labels is not None:
             check_ids("labels", labels, len(logits), self.config.num_labels, "num_labels")
             id_loss = nn.functional.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
             triplet_loss = batch_hard_triplet_loss(feature, labels, self.config.triplet_margin)

@@ -257,7 +257,7 @@ class PersonViTForPreTraining(PersonViTPreTrainedModel):
         self.personvit.eval()
         self.teacher_head.eval()
         for module in self.personvit.modules():
-            if isinstance(module, nn.BatchNorm2d):
+            if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
                 module.train(mode)
         return self
 

@@ -240,15 +240,7 @@ def embed_benchmark(
     batch_size: int = 64,
     num_workers: int = 0,
 ) -> dict[str, np.ndarray]:
-    """Embeds a benchmark's query and gallery.
-
-    Args:
-        model: As in `score`.
-        processor: As in `score`.
-        dataset: As in `score`.
-        use_cameras: As in `score`.
-        batch_size: As in `score`.
-        num_workers: As in `score`.
+    """Embeds a benchmark's query and gallery; the arguments are those of `score`.
 
     Returns:
         Embeddings, person ids and camera ids by the argument names of `evaluate_reid`.
