@@ -43,6 +43,7 @@ from personvit_hf.schedules import (
 from personvit_hf.scripting import (
     MetricsLog,
     collate,
+    default_attention,
     load_pretrained,
     option,
     parse_arguments,
@@ -64,8 +65,8 @@ class PretrainArguments:
     # model
     preset: str = option("small", "tiny, small, base or large.")
     model_name_or_path: str | None = option(None, "Checkpoint to start from; replaces `preset`.")
-    attn_implementation: str = option(
-        "sdpa", "eager, sdpa, flash_attention_2 ...; eager is the faster in bf16 on a CPU."
+    attn_implementation: str | None = option(
+        None, "eager, sdpa, flash_attention_2 ...; None: eager in bf16 on a CPU, where it is the faster, else sdpa."
     )
     config_overrides: str = option("{}", 'Settings of PersonViTConfig as JSON, such as {"drop_path_rate": 0.2}.')
     drop_path_rate: float = option(0.1, "Stochastic depth of the student's last layer.")
@@ -220,6 +221,7 @@ def main() -> None:
     )
 
     # Model, data, optimizer
+    args.attn_implementation = args.attn_implementation or default_attention(accelerator)
     set_seed(args.seed)
     model = build_model(args)
     config = model.config
@@ -227,7 +229,8 @@ def main() -> None:
     processor = PersonViTImageProcessor(size={"height": height, "width": width})
     dataloader = build_dataloader(args, config, accelerator)
     eval_dataset = load_reid_dataset(args.eval_data) if args.eval_data else None
-    optimizer = torch.optim.AdamW(pretraining_parameter_groups(model, args.weight_decay), lr=args.learning_rate)
+    groups = pretraining_parameter_groups(model, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)
     set_seed(args.seed, device_specific=True)
     model, optimizer, dataloader = accelerator.prepare(model, optimizer, dataloader)
     unwrapped = accelerator.unwrap_model(model)
