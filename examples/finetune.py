@@ -42,6 +42,7 @@ from personvit_hf.schedules import finetune_learning_rate, finetuning_parameter_
 from personvit_hf.scripting import (
     MetricsLog,
     collate,
+    default_attention,
     load_pretrained,
     option,
     parse_arguments,
@@ -58,8 +59,8 @@ class FinetuneArguments:
     # model
     model_name_or_path: str | None = option(None, "Checkpoint to start from; None for random weights of `preset`.")
     preset: str = option("small", "tiny, small, base or large, without a checkpoint.")
-    attn_implementation: str = option(
-        "sdpa", "eager, sdpa, flash_attention_2 ...; eager is the faster in bf16 on a CPU."
+    attn_implementation: str | None = option(
+        None, "eager, sdpa, flash_attention_2 ...; None: eager in bf16 on a CPU, where it is the faster, else sdpa."
     )
     config_overrides: str = option("{}", 'Settings of PersonViTConfig as JSON, such as {"label_smoothing": 0.1}.')
     drop_path_rate: float = option(0.1, "Stochastic depth of the last layer.")
@@ -168,9 +169,9 @@ def build_model(args: FinetuneArguments, labels: dict[int, int], num_cameras: in
 def build_optimizer(args: FinetuneArguments, model: PersonViTForReID) -> torch.optim.Optimizer:
     groups = finetuning_parameter_groups(model, args.learning_rate, args.weight_decay)
     if args.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=args.learning_rate, momentum=0.9)
+        return torch.optim.SGD(groups, lr=args.learning_rate, momentum=0.9, fused=True)
     if args.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=args.learning_rate)
+        return torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)
     raise ValueError(f"`optimizer` must be sgd or adamw, got {args.optimizer!r}.")
 
 
@@ -188,6 +189,7 @@ def main() -> None:
     )
 
     # Data, model, optimizer
+    args.attn_implementation = args.attn_implementation or default_attention(accelerator)
     checkpoints, best = output_dir / "checkpoints", output_dir / "best"
     checkpoint = find_checkpoint(accelerator, checkpoints, args.resume_from)
     dataset = load_reid_dataset(args.data)

@@ -62,6 +62,7 @@ from personvit_hf.schedules import (
 from personvit_hf.scripting import (
     MetricsLog,
     collate,
+    default_attention,
     load_pretrained,
     option,
     parse_arguments,
@@ -84,8 +85,8 @@ class PretrainArguments:
     # model
     preset: str = option("small", "tiny, small, base or large.")
     model_name_or_path: str | None = option(None, "Checkpoint to start from; replaces `preset`.")
-    attn_implementation: str = option(
-        "sdpa", "eager, sdpa, flash_attention_2 ...; eager is the faster in bf16 on a CPU."
+    attn_implementation: str | None = option(
+        None, "eager, sdpa, flash_attention_2 ...; None: eager in bf16 on a CPU, where it is the faster, else sdpa."
     )
     config_overrides: str = option("{}", 'Settings of PersonViTConfig as JSON, such as {"drop_path_rate": 0.2}.')
     drop_path_rate: float = option(0.1, "Stochastic depth of the student's last layer.")
@@ -253,6 +254,7 @@ def main() -> None:
         raise ValueError("`skip_nonfinite_steps` is not for DeepSpeed, whose optimizer takes every step.")
 
     # Model, data, optimizer
+    args.attn_implementation = args.attn_implementation or default_attention(accelerator)
     checkpoints, best = output_dir / "checkpoints", output_dir / "best"
     checkpoint = find_checkpoint(accelerator, checkpoints, args.resume_from)
     set_seed(args.seed)
@@ -267,7 +269,7 @@ def main() -> None:
     groups = pretraining_parameter_groups(model, args.weight_decay)
     if args.freeze_last_layer_epochs:
         groups = split_frozen_group(accelerator, groups, model.student_head.prototype_parameters())
-    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate)
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         # the stem's batch norms, as DINO does; there is no such layer for CPUs, where each process has its own
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)

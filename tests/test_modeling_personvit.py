@@ -342,6 +342,49 @@ def test_drop_path_drops_whole_layers_of_images_in_training_only():
     assert 0 < (output[2] == output[1]).flatten(1).all(1).sum() < 32
 
 
+@pytest.mark.parametrize("rate", [0.3, 0.999])
+def test_drop_path_skips_what_multiplying_by_zero_would_drop(rate):
+    layer, gradients = tiny_model(drop_path_rate=rate).train().layers[-1], []
+    inputs = torch.randn(6, 5, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+    torch.manual_seed(0)
+    output = layer(inputs)
+    output.square().sum().backward()
+    gradients.append([inputs.grad, *(weight.grad for weight in layer.parameters())])
+    inputs.grad = None
+    layer.zero_grad()
+
+    torch.manual_seed(0)
+    first, second = ((torch.rand(6) >= rate)[:, None, None] / (1 - rate) for _ in range(2))
+    assert rate > 0.9 or 0 < first.count_nonzero() < 6
+    expected = inputs + first * layer.attention(layer.layernorm_before(inputs))[0]
+    expected = expected + second * layer.mlp(layer.layernorm_after(expected))
+    assert_within(1e-5, output, expected)
+    expected.square().sum().backward()
+    gradients.append([inputs.grad, *(weight.grad for weight in layer.parameters())])
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)  # none is missing where all images are dropped
+
+
+@torch.no_grad()
+def test_only_cls_gives_the_same_cls_token():
+    model = tiny_model(num_part_tokens=3)
+    whole, alone = model(images()), model(images(), only_cls=True, output_hidden_states=True)
+    assert alone.last_hidden_state.shape == (3, 1, 32)
+    assert_within(1e-5, alone.pooler_output, whole.pooler_output)
+    assert [states.shape[1] for states in alone.hidden_states] == [36, 36, 1]
+
+
+def test_training_for_reid_computes_the_last_layer_for_cls_alone():
+    model = tiny_model(PersonViTForReID, num_labels=2)
+    labels, shapes, features = torch.tensor([0, 0, 1]), [], []
+    model.personvit.layernorm.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape[1]))
+    for mode, asked in ((False, {}), (True, {}), (True, {"output_hidden_states": True})):
+        features.append(model.train(mode)(images(), labels, **asked).embeddings)
+    assert shapes == [33, 1, 33]
+    for feature in features[1:]:
+        assert_within(1e-5, feature, features[0])
+
+
 @pytest.mark.parametrize("parts", [0, 3])
 @torch.no_grad()
 def test_masked_patches_are_not_seen(parts):

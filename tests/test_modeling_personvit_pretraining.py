@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from functools import partial
 
 import pytest
@@ -256,6 +257,33 @@ def test_views_and_masks_may_be_left_out():
         assert unmasked.loss == 0.5 * unmasked.dino_loss
 
 
+@pytest.mark.parametrize("max_logits", [1, 100])  # one image or patch at a time, and a few
+def test_losses_in_chunks_are_the_same(monkeypatch, max_logits):
+    module = sys.modules[PersonViTForPreTraining.__module__]
+    results = []
+    for limit in (module.MAX_LOGITS, max_logits):
+        monkeypatch.setattr(module, "MAX_LOGITS", limit)
+        model = tiny_model().train()
+        output = model(**views())
+        output.loss.backward()
+        gradients = {name: value.grad for name, value in model.named_parameters() if value.requires_grad}
+        results.append((output.dino_loss, output.mim_loss, gradients, model.center, model.patch_center))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+def test_no_more_logits_are_kept_than_a_chunk_has(monkeypatch):
+    """Of what the backward pass keeps, nothing has a row for each masked patch and a column for each prototype."""
+    module = sys.modules[PersonViTForPreTraining.__module__]
+    masked, kept = int(views()["bool_masked_pos"].sum()), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
+        tiny_model().train()(**views())
+        assert (masked, 16) in kept
+        kept.clear()
+        monkeypatch.setattr(module, "MAX_LOGITS", 64)
+        tiny_model().train()(**views())
+        assert kept and (masked, 16) not in kept
+
+
 def test_centers_move_in_training_only():
     model, inputs = tiny_model(center_momentum=0.7), views()
     before = model.center.clone(), model.patch_center.clone()
@@ -382,9 +410,10 @@ def test_convolution_stem_keeps_its_own_statistics(tmp_path):
 def test_gradient_checkpointing_gives_the_same_gradients():
     gradients = []
     for checkpointing in (False, True):
-        model = tiny_model().train()
+        model = tiny_model(drop_path_rate=0.5).train()
         if checkpointing:
             model.gradient_checkpointing_enable()
+        torch.manual_seed(1)
         model(**views()).loss.backward()
         gradients.append({name: value.grad for name, value in model.student.named_parameters()})
     torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=1e-6)

@@ -2,6 +2,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -20,6 +21,7 @@ from personvit_hf import (
 )
 from personvit_hf.scripting import (
     MetricsLog,
+    default_attention,
     load_pretrained,
     option,
     parse_arguments,
@@ -322,3 +324,12 @@ def test_score_ranks_the_embeddings_of_query_and_gallery():
         assert result["mAP"] == expected["mAP"]
     assert 0 < scores[0] < 1
     assert scores[0] != scores[1]
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "expected"),
+    [("cpu", "bf16", "eager"), ("cpu", "no", "sdpa"), ("cuda", "bf16", "sdpa"), ("cuda", "no", "sdpa")],
+)
+def test_attention_is_chosen_by_device_and_precision(device, precision, expected):
+    accelerator = SimpleNamespace(device=torch.device(device), mixed_precision=precision)
+    assert default_attention(accelerator) == expected

@@ -1,9 +1,11 @@
 """PersonViT's pre-training: student, teacher, projection heads, and the DINO and MIM losses."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import ModelOutput
@@ -13,6 +15,10 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_personvit import PersonViTConfig
 from .modeling_personvit import PersonViTModel, PersonViTPreTrainedModel
+
+# Logits that are held at a time for each loss: 32 MiB in float32. More are made in chunks, and made again in the
+# backward pass.
+MAX_LOGITS = 2**23
 
 
 class PersonViTPrototypes(nn.Module):
@@ -28,7 +34,11 @@ class PersonViTPrototypes(nn.Module):
 
     def forward(self, bottleneck: torch.Tensor) -> torch.Tensor:
         """(..., bottleneck) to logits (..., prototypes)."""
-        return nn.functional.linear(bottleneck, self.gain * nn.functional.normalize(self.direction, dim=1))
+        return nn.functional.linear(bottleneck, self.weight())
+
+    def weight(self) -> torch.Tensor:
+        """(prototypes, bottleneck), by the kernel of PyTorch's own `weight_norm`: plain operations take far longer."""
+        return torch._weight_norm(self.direction, self.gain, 0)
 
 
 class PersonViTProjectionHead(nn.Module):
@@ -104,24 +114,46 @@ def dino_loss(student: torch.Tensor, teacher: torch.Tensor, num_student_global: 
     return total / (num_pairs * student.shape[0])
 
 
-def mim_loss(student: torch.Tensor, teacher: torch.Tensor, bool_masked_pos: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of the masked patches with the teacher's view of them, averaged per image.
+def mim_loss(student: torch.Tensor, teacher: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of masked patches with the teacher's view of them.
 
     Args:
         student: float (masked, prototypes), log probabilities of the masked patches only.
         teacher: float (masked, prototypes), probabilities of the same patches.
-        bool_masked_pos: bool (images, patches); its True entries, row by row, are the masked patches.
+        weights: float (masked,), what each counts: see `masked_patch_weights`.
 
     Returns:
-        Scalar in nats: the mean over images of the mean over an image's masked patches. An image without any adds 0.
+        Scalar in nats, the weighted sum.
 
     Source:
         iBOT `main_ibot.py`, `iBOTLoss` (arXiv 2111.07832, eq. 2).
     """
+    return -((teacher * student).sum(-1) * weights).sum()
+
+
+def masked_patch_weights(bool_masked_pos: torch.Tensor, num_masked: int, dtype: torch.dtype) -> torch.Tensor:
+    """What each masked patch counts, (masked,): 1 / images together for the patches of an image.
+
+    Args:
+        bool_masked_pos: bool (images, patches); its True entries, row by row, are the masked patches.
+        num_masked: How many entries are True.
+        dtype: Of the weights.
+    """
     masked_in_image = bool_masked_pos.sum(1)
-    weight = masked_in_image.clamp(min=1).to(student.dtype).reciprocal() / bool_masked_pos.shape[0]
-    weight = weight.repeat_interleave(masked_in_image, output_size=student.shape[0])
-    return -((teacher * student).sum(-1) * weight).sum()
+    weights = masked_in_image.clamp(min=1).to(dtype).reciprocal() / bool_masked_pos.shape[0]
+    return weights.repeat_interleave(masked_in_image, output_size=num_masked)
+
+
+def sum_of_chunks(
+    function: Callable[..., torch.Tensor], tensors: tuple[torch.Tensor, ...], num_logits: int
+) -> torch.Tensor:
+    """`function(*tensors)`, a sum over rows that holds `num_logits` logits, in parts of at most `MAX_LOGITS` each."""
+    num_chunks = -(-num_logits // MAX_LOGITS)
+    if num_chunks <= 1:
+        return function(*tensors)
+    rows = -(-len(tensors[0]) // num_chunks)
+    chunks = zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+    return torch.stack([checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks]).sum()
 
 
 def koleo_loss(cls_tokens: torch.Tensor) -> torch.Tensor:
@@ -286,16 +318,16 @@ class PersonViTForPreTraining(PersonViTPreTrainedModel):
         torch._foreach_lerp_(teacher, student, 1.0 - momentum)
 
     @torch.no_grad()
-    def _update_centers(self, cls_logits: torch.Tensor, patch_bottleneck: torch.Tensor, move: bool) -> None:
+    def _update_centers(self, bottleneck: torch.Tensor, first_patch: int, move: bool) -> None:
         """Moves both centers towards the mean of the raw teacher logits over the batch of all processes.
 
-        The patch center averages all patches, masked or not (iBOT). Their logits are linear in the bottleneck, so
-        the prototypes are applied once, to the mean. Without `move` the means wait for the pass that moves.
+        The patch center averages all patches, masked or not (iBOT). Logits are linear in the bottleneck (images,
+        tokens, bottleneck), so the prototypes are applied once, to its mean. Without `move` the means wait for the
+        pass that moves.
         """
-        prototypes = self.teacher_head.patch_prototypes or self.teacher_head.cls_prototypes
-        with torch.autocast(cls_logits.device.type, enabled=False):
-            patch_mean = at_least_float32(patch_bottleneck).mean((0, 1)).to(prototypes.direction.dtype)
-            means = at_least_float32(cls_logits).mean(0), prototypes(patch_mean)
+        with torch.autocast(bottleneck.device.type, enabled=False):
+            means = at_least_float32(bottleneck).mean(0).to(self.teacher_head.cls_prototypes.direction.dtype)
+            means = self.teacher_head.cls_logits(means[0]), self.teacher_head.patch_logits(means[first_patch:].mean(0))
         self._pending_means.append(means)
         if not move:
             return
@@ -341,40 +373,30 @@ class PersonViTForPreTraining(PersonViTPreTrainedModel):
         masks = self._masks(views, bool_masked_pos)
         first_patch = 1 + self.config.num_part_tokens
         with torch.no_grad():
-            teacher_tokens = self.personvit(views).last_hidden_state
-            teacher_bottleneck = self.teacher_head.project(teacher_tokens)
-            teacher_cls = self.teacher_head.cls_logits(teacher_bottleneck[:, 0])
-            teacher_patches = self.teacher_head.patch_logits(teacher_bottleneck[:, first_patch:][masks])
-            cls_targets = teacher_probabilities(teacher_cls, self.center, teacher_temperature)
-            patch_targets = teacher_probabilities(teacher_patches, self.patch_center, teacher_patch_temperature)
-
+            teacher = self.teacher_head.project(self.personvit(views).last_hidden_state)
         masked = self.student(views, bool_masked_pos=masks, **kwargs)
         cls_tokens, num_student_global = self._student_cls_tokens(masked.pooler_output, views, local_pixel_values)
-        student_cls = self.student_head.cls_logits(self.student_head.project(cls_tokens))
-        masked_tokens = masked.last_hidden_state[:, first_patch:][masks]
-        student_patches = self.student_head.patch_logits(self.student_head.project(masked_tokens))
+        # what the losses compare: [CLS] (batch, views, bottleneck), patches (masked, bottleneck)
+        student_cls, teacher_cls = self.student_head.project(cls_tokens), teacher[:, 0].unflatten(0, (-1, 2))
+        student_patches = self.student_head.project(masked.last_hidden_state[:, first_patch:][masks])
+        teacher_patches = teacher[:, first_patch:][masks]
 
-        temperature = self.config.student_temperature
-        cls_loss = dino_loss(
-            student_log_probabilities(student_cls, temperature),
-            cls_targets.unflatten(0, (-1, 2)),
-            num_student_global,
-        )
-        patch_loss = mim_loss(student_log_probabilities(student_patches, temperature), patch_targets, masks)
+        cls_loss = self._dino_loss(student_cls, teacher_cls, num_student_global, teacher_temperature)
+        patch_loss = self._mim_loss(student_patches, teacher_patches, masks, teacher_patch_temperature)
         loss = self.config.dino_loss_weight * cls_loss + self.config.mim_loss_weight * patch_loss
         spread_loss = None
         if self.config.koleo_loss_weight:
             spread_loss = koleo_loss(cls_tokens[:, :2])
             loss = loss + self.config.koleo_loss_weight * spread_loss
         if self.training:
-            self._update_centers(teacher_cls, teacher_bottleneck[:, first_patch:], move_centers)
+            self._update_centers(teacher, first_patch, move_centers)
         logits = {}
         if output_logits:
             logits = {
-                "student_cls_logits": student_cls,
-                "student_patch_logits": student_patches,
-                "teacher_cls_logits": teacher_cls.unflatten(0, (-1, 2)),
-                "teacher_patch_logits": teacher_patches,
+                "student_cls_logits": self.student_head.cls_logits(student_cls),
+                "student_patch_logits": self.student_head.patch_logits(student_patches),
+                "teacher_cls_logits": self.teacher_head.cls_logits(teacher_cls),
+                "teacher_patch_logits": self.teacher_head.patch_logits(teacher_patches),
             }
         return PersonViTForPreTrainingOutput(
             loss=loss,
@@ -385,6 +407,39 @@ class PersonViTForPreTraining(PersonViTPreTrainedModel):
             attentions=masked.attentions,
             **logits,
         )
+
+    def _dino_loss(
+        self, student: torch.Tensor, teacher: torch.Tensor, num_student_global: int, teacher_temperature: float
+    ) -> torch.Tensor:
+        """`dino_loss` of [CLS] bottlenecks: student (batch, S, bottleneck), teacher (batch, 2, bottleneck)."""
+        center = self.center.clone()  # as it is now: by the backward pass, which may need it again, it has moved
+
+        def of_images(student_part: torch.Tensor, teacher_part: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                logits = self.teacher_head.cls_logits(teacher_part)
+                targets = teacher_probabilities(logits, center, teacher_temperature)
+            logits = self.student_head.cls_logits(student_part)
+            predictions = student_log_probabilities(logits, self.config.student_temperature)
+            return dino_loss(predictions, targets, num_student_global) * (len(student_part) / len(student))
+
+        num_logits = student.shape[0] * student.shape[1] * len(self.center)
+        return sum_of_chunks(of_images, (student, teacher), num_logits)
+
+    def _mim_loss(
+        self, student: torch.Tensor, teacher: torch.Tensor, masks: torch.Tensor, teacher_patch_temperature: float
+    ) -> torch.Tensor:
+        """`mim_loss` of the masked patches' bottlenecks, (masked, bottleneck) both."""
+        center = self.patch_center.clone()  # as for [CLS]
+
+        def of_patches(student_part: torch.Tensor, teacher_part: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                logits = self.teacher_head.patch_logits(teacher_part)
+                targets = teacher_probabilities(logits, center, teacher_patch_temperature)
+            logits = self.student_head.patch_logits(student_part)
+            return mim_loss(student_log_probabilities(logits, self.config.student_temperature), targets, weights)
+
+        weights = masked_patch_weights(masks, len(student), torch.promote_types(student.dtype, torch.float32))
+        return sum_of_chunks(of_patches, (student, teacher, weights), len(student) * len(self.patch_center))
 
     def _masks(self, views: torch.Tensor, bool_masked_pos: torch.Tensor | None) -> torch.Tensor:
         """bool (views, patches); nothing is masked if nothing is given."""
@@ -399,10 +454,10 @@ class PersonViTForPreTraining(PersonViTPreTrainedModel):
         """[CLS] tokens of all student views, (batch, S, hidden) with global ones first, and the number of these."""
         tokens = [masked.unflatten(0, (-1, 2))]
         if self.config.student_sees_unmasked_global:
-            tokens.append(self.student(views).pooler_output.unflatten(0, (-1, 2)))
+            tokens.append(self.student(views, only_cls=True).pooler_output.unflatten(0, (-1, 2)))
         num_global = 2 * len(tokens)
         if local_pixel_values is not None and local_pixel_values.shape[1] > 0:
-            local = self.student(local_pixel_values.flatten(0, 1)).pooler_output
+            local = self.student(local_pixel_values.flatten(0, 1), only_cls=True).pooler_output
             tokens.append(local.unflatten(0, local_pixel_values.shape[:2]))
         return torch.cat(tokens, dim=1), num_global
 

@@ -101,9 +101,9 @@ class TeacherWatch:
             self.features, self.logits = output.pooler_output.detach(), None
 
     def _keep_logits(self, module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
-        # [CLS] first; a shared head is then called for patches
+        # [CLS] first (a chunk of them, where all would be too large); a shared head is then called for patches
         if self.wanted and self.logits is None:
-            self.logits = output.detach()
+            self.logits = output.detach().flatten(0, -2)
 
     @torch.no_grad()
     def figures(self, teacher_temperature: float, **other_temperatures: float) -> dict[str, float]:
