@@ -13,7 +13,9 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
+import torch
 from deep_sort_realtime.deepsort_tracker import DeepSort
+from torchvision.ops import box_iou
 
 from personvit_hf.person_images import PersonImages
 from personvit_hf.reid_data import load_reid_dataset
@@ -120,6 +122,13 @@ def track(video, predict, max_distance):
         yield ids, truth, [int(one.track_id) for one in shown], np.array([one.to_ltrb() for one in shown])
 
 
+def overlap_distances(truth, boxes):
+    """1 - IoU, and NaN for boxes that can't be the same; motmetrics' own function needs a NumPy below 2."""
+    truth, boxes = (torch.tensor(np.reshape(part, (-1, 4))) for part in (truth, boxes))
+    distances = 1 - box_iou(truth, boxes).numpy()
+    return np.where(distances > 0.5, np.nan, distances)
+
+
 def main() -> None:
     args = parse_arguments(TrackArguments)
     dataset = load_reid_dataset(args.data)
@@ -147,8 +156,7 @@ def main() -> None:
         for seed in range(args.seeds):
             scores = motmetrics.MOTAccumulator(auto_id=True)
             for ids, truth, tracks, boxes in track(made_video(pictures, names, args, seed), *setting):
-                sizes = [np.hstack([b[:, :2], b[:, 2:] - b[:, :2]]) if len(b) else b for b in (truth, boxes)]
-                scores.update(ids, tracks, motmetrics.distances.iou_matrix(*sizes, max_iou=0.5))
+                scores.update(ids, tracks, overlap_distances(truth, boxes))
             figures = motmetrics.metrics.create().compute(scores, metrics=["idf1", "num_switches", "mota"])
             rows.append(figures.iloc[0].to_numpy(float))
         means, spreads = np.mean(rows, axis=0), np.std(rows, axis=0)
