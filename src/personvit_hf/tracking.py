@@ -143,7 +143,7 @@ def export_boxmot(
         model: What to export.
         processor: Its image processor: size and statistics.
         file: Where to write, ending in `.onnx`.
-        half: Compute in float16. Input and output stay float32.
+        half: Weights of 16 bits, as in `export_onnx`.
         overwrite: Replace an existing file.
 
     Raises:
