@@ -1,6 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 
 .PHONY: help install format check test test-slow demo build clean
@@ -18,7 +19,13 @@ install: $(INSTALLED)
 $(INSTALLED): setup.cfg pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV); the first time takes some minutes."
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[train,test]'
+	@$(PIP) --editable '.[train,test]'
+# Gradio asks for a Pillow below 13, whose resizing rounds otherwise than the fixtures' 13, and runs with 13: it comes without
+# that one requirement.
+	@$(PIP) --no-deps 'gradio>=6.31,<7'
+	@$(BIN)/python -c "from importlib.metadata import requires; print(*[r for r in requires('gradio') \
+		if not r.startswith('pillow') and 'extra ==' not in r], sep='\n')" > $(VENV)/gradio.txt
+	@$(PIP) --requirement $(VENV)/gradio.txt
 	@touch $@
 
 format: install
