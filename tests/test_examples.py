@@ -605,6 +605,22 @@ def test_a_loss_that_is_no_number_stops_before_anything_is_saved(people, tmp_pat
     assert column(tmp_path, "step").tolist() == list(range(1, STEPS_PER_EPOCH + 1))
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_first_step_that_overflows_in_fp16_leaves_no_trace(optimizer):
+    script = runpy.run_path(str(EXAMPLES / "finetune.py"))
+    args = script["FinetuneArguments"](data="", output_dir="", optimizer=optimizer)
+    model = PersonViTForReID(PersonViTConfig(**MODEL, image_size=[32, 16], num_labels=2))
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    scaler = torch.amp.GradScaler("cpu")
+    trained = script["build_optimizer"](args, model, scaler)
+    scaler.scale(sum(parameter.sum() for parameter in model.parameters()) * torch.inf).backward()
+    scaler.step(trained)
+    scaler.update()
+    assert_close(dict(model.named_parameters()), before, rtol=0, atol=0)
+    states = [value for state in trained.state.values() for value in state.values() if value is not None]
+    assert all((value == 0).all() for value in states)
+
+
 def test_finetuning_that_diverges_stops(people, pretrained, tmp_path):
     settings = FINETUNE | {"learning_rate": 1e30, "save_epochs": 1, "logging_steps": 1000, "num_workers": 0}
     with pytest.raises(FloatingPointError, match="`loss` is nan after step"):
