@@ -95,7 +95,7 @@ class FinetuneArguments:
         False, "Keep the model with the highest mAP in `best`; it becomes the run's result, chosen on the test data."
     )
     timeout_minutes: float = option(30.0, "Minutes that processes wait for each other before they give up.")
-    report_to: str | None = option(None, "tensorboard or trackio, beside metrics.jsonl.")
+    report_to: str | None = option(None, "tensorboard, trackio or wandb (several with commas), beside metrics.jsonl.")
     push_to_hub: bool = option(
         False, "Push model, processor, card and code to the Hub: in the background, and at the end."
     )
