@@ -95,7 +95,7 @@ class FinetuneArguments:
         False, "Keep the model with the highest mAP in `best`; it becomes the run's result, chosen on the test data."
     )
     timeout_minutes: float = option(30.0, "Minutes that processes wait for each other before they give up.")
-    report_to: str | None = option(None, "tensorboard or trackio, beside metrics.jsonl.")
+    report_to: str | None = option(None, "tensorboard, trackio or wandb (several with commas), beside metrics.jsonl.")
     push_to_hub: bool = option(
         False, "Push model, processor, card and code to the Hub: in the background, and at the end."
     )
@@ -166,10 +166,13 @@ def build_model(args: FinetuneArguments, labels: dict[int, int], num_cameras: in
     return PersonViTForReID(PersonViTConfig.from_preset(args.preset, **overrides))
 
 
-def build_optimizer(args: FinetuneArguments, model: PersonViTForReID) -> torch.optim.Optimizer:
+def build_optimizer(
+    args: FinetuneArguments, model: PersonViTForReID, scaler: torch.amp.GradScaler | None = None
+) -> torch.optim.Optimizer:
     groups = finetuning_parameter_groups(model, args.learning_rate, args.weight_decay)
     if args.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=args.learning_rate, momentum=0.9, fused=True)
+        # fused, its momentum would be uninitialised memory after a first step that fp16's loss scaler skips
+        return torch.optim.SGD(groups, lr=args.learning_rate, momentum=0.9, fused=scaler is None)
     if args.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)
     raise ValueError(f"`optimizer` must be sgd or adamw, got {args.optimizer!r}.")
@@ -205,7 +208,7 @@ def main() -> None:
     processor = PersonViTImageProcessor(
         size={"height": height, "width": width}, image_mean=args.image_mean, image_std=args.image_std
     )
-    optimizer = build_optimizer(args, model)
+    optimizer = build_optimizer(args, model, accelerator.scaler)
     set_seed(args.seed, device_specific=True)
     model, optimizer, dataloader = accelerator.prepare(model, optimizer, dataloader)
     if len(dataloader) == 0:

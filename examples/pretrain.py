@@ -246,7 +246,7 @@ def main() -> None:
         output_dir,
         args.mixed_precision,
         args.gradient_accumulation_steps,
-        args.report_to.split(",") if args.report_to else None,
+        args.report_to,
         args.timeout_minutes,
     )
 
@@ -315,11 +315,17 @@ def main() -> None:
         save_checkpoint(accelerator, model, optimizer, checkpoints, progress.step, args.keep_checkpoints)
         publisher.checkpoint(model, processor, progress.step)
 
+    def require_finite_step(loss: float) -> None:
+        # weights can have gone bad in this very step, whose loss was taken before; fp16's scaler leaves such steps out
+        gradient_norm = norm.item() if accelerator.scaler is None else 0.0
+        require_finite(progress.step, output_dir, loss=loss, gradient_norm=gradient_norm)
+
     budget = BrokenImageBudget(args.max_broken_share)
     bar = tqdm(total=total_steps, initial=progress.step, desc="Pre-training", disable=not accelerator.is_main_process)
     started, images_seen = time.perf_counter(), 0
     stop = StopRequest(accelerator)
-    watch, guard, data_wait = TeacherWatch(unwrapped), StepGuard(unwrapped, args.skip_nonfinite_steps), DataWait()
+    watch, data_wait = TeacherWatch(unwrapped), DataWait()
+    guard = StepGuard(unwrapped, args.skip_nonfinite_steps, progress.skipped)
     model.train()
     for epoch in range(progress.epoch, args.epochs):
         dataloader.set_epoch(epoch)
@@ -386,7 +392,7 @@ def main() -> None:
             if not skipped:
                 unwrapped.update_teacher(momentum)
                 guard.remember()
-            progress.step += 1
+            progress.step, progress.skipped = progress.step + 1, guard.skipped
             bar.update()
 
             due_to_save = save_steps and progress.step % save_steps == 0
@@ -395,7 +401,7 @@ def main() -> None:
                 losses = {name: value.detach().float() for name, value in outputs.items() if name.endswith("loss")}
                 reduced = accelerator.reduce(torch.stack(list(losses.values())), "mean")
                 figures = dict(zip(losses, reduced.tolist(), strict=True))
-                require_finite(progress.step, output_dir, loss=figures["loss"])
+                require_finite_step(figures["loss"])
                 bar.set_postfix({name: f"{value:.3f}" for name, value in figures.items()})
                 log.write(
                     progress.step,
@@ -412,8 +418,8 @@ def main() -> None:
                 if args.stop_on_collapse:
                     watch.require_no_collapse(progress.step, output_dir)
             if stop.agreed():
-                loss = accelerator.reduce(outputs.loss.detach(), "mean").item()
-                require_finite(progress.step, output_dir, loss=loss)
+                if not skipped:
+                    require_finite_step(accelerator.reduce(outputs.loss.detach(), "mean").item())
                 save()
                 stop.leave()
             if due_to_save and progress.samples < len(dataloader) * images_per_batch:

@@ -163,6 +163,7 @@ def test_requests_that_name_files_or_addresses_are_refused(server, path, value):
         ("GET", "/gradio_api/proxy=http://127.0.0.1:1/"),
         ("POST", "/gradio_api/component_server"),
         ("POST", "/gradio_api/vibe-edit/"),
+        ("GET", "/gradio_api/deep_link?session_hash=abc"),
         ("GET", "/gradio_api/stream/a/b/c/playlist-file"),
     ],
 )

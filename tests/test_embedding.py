@@ -10,7 +10,14 @@ from PIL import Image
 from safetensors.numpy import save_file
 from torch.testing import assert_close
 
-from personvit_hf import PersonViTConfig, PersonViTForReID, PersonViTImageProcessor, PersonViTModel, embed_images
+from personvit_hf import (
+    PersonViTConfig,
+    PersonViTForPreTraining,
+    PersonViTForReID,
+    PersonViTImageProcessor,
+    PersonViTModel,
+    embed_images,
+)
 from personvit_hf.embedding import model_fingerprint, read_embeddings, write_embeddings
 
 SIZES = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 64}
@@ -142,6 +149,16 @@ def test_training_mode_and_random_state_are_as_before(model, arrays, embeddings,
         assert model.training == training
     finally:
         model.eval()
+
+
+def test_modules_that_train_on_their_own_go_on_so(arrays):
+    config = PersonViTConfig(**SIZES, image_size=[32, 16], patch_size=8, stem="ics")
+    config.update({"num_cls_prototypes": 8, "num_patch_prototypes": 8, "projection_hidden_size": 8})
+    pretraining = PersonViTForPreTraining(config).train()
+    before = [module.training for module in pretraining.modules()]
+    embed_images(pretraining.personvit, PROCESSOR, arrays)
+    assert [module.training for module in pretraining.modules()] == before
+    assert True in [module.training for module in pretraining.personvit.modules()]  # its stem's batch norms
 
 
 def test_broken_images_are_nan_and_named(model, paths, embeddings, tmp_path, caplog):

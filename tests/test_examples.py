@@ -310,6 +310,43 @@ def test_steps_that_are_no_numbers_are_skipped_and_counted(people, tmp_path, mon
         run("pretrain.py", output_dir=tmp_path / "stopped", **settings)
 
 
+def test_a_run_stopped_at_a_skipped_step_is_saved_and_remembers_it(people, tmp_path, monkeypatch):
+    settings = {**PRETRAIN, "data": people / "unlabelled", "output_dir": tmp_path, "skip_nonfinite_steps": 1}
+    forward, calls = PersonViTForPreTraining.forward, []
+
+    def broken_forward(self, global_pixel_values, **inputs):
+        calls.append(None)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        broken = len(calls) in (3, 5)
+        return forward(self, global_pixel_values * (float("nan") if broken else 1), **inputs)
+
+    monkeypatch.setattr(PersonViTForPreTraining, "forward", broken_forward)
+    with pytest.raises(SystemExit):
+        run("pretrain.py", **settings)
+    saved = latest_checkpoint(tmp_path / "checkpoints")
+    assert all(value.isfinite().all() for value in load_file(saved / "model.safetensors").values())
+    with pytest.raises(FloatingPointError, match="after step 4, and `skip_nonfinite_steps` 1"):
+        run("pretrain.py", **settings, resume_from="latest")
+
+
+def test_a_gradient_that_is_no_number_stops_before_it_is_saved(people, tmp_path, monkeypatch):
+    settings = {**PRETRAIN, "data": people / "unlabelled", "output_dir": tmp_path, "save_epochs": 0.5, "epochs": 1}
+    forward, calls = PersonViTForPreTraining.forward, []
+
+    def broken_backward(self, **inputs):
+        outputs = forward(self, **inputs)
+        calls.append(None)
+        if len(calls) == 3:  # the step of the first checkpoint
+            outputs.loss.register_hook(lambda gradient: gradient * torch.nan)
+        return outputs
+
+    monkeypatch.setattr(PersonViTForPreTraining, "forward", broken_backward)
+    with pytest.raises(FloatingPointError, match="`gradient_norm` is nan after step 3"):
+        run("pretrain.py", **settings)
+    assert not list_checkpoints(tmp_path / "checkpoints")
+
+
 def test_weight_decay_may_start_at_zero(people, pretrained, tmp_path):
     settings = PRETRAIN | {"weight_decay": 0.0, "learning_rate": 1.0}
     for name, final in (("none", 0.0), ("some", 0.4)):
@@ -603,6 +640,22 @@ def test_a_loss_that_is_no_number_stops_before_anything_is_saved(people, tmp_pat
     assert str(tmp_path) in str(caught.value)
     assert contents(tmp_path / "checkpoints") == before
     assert column(tmp_path, "step").tolist() == list(range(1, STEPS_PER_EPOCH + 1))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_first_step_that_overflows_in_fp16_leaves_no_trace(optimizer):
+    script = runpy.run_path(str(EXAMPLES / "finetune.py"))
+    args = script["FinetuneArguments"](data="", output_dir="", optimizer=optimizer)
+    model = PersonViTForReID(PersonViTConfig(**MODEL, image_size=[32, 16], num_labels=2))
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    scaler = torch.amp.GradScaler("cpu")
+    trained = script["build_optimizer"](args, model, scaler)
+    scaler.scale(sum(parameter.sum() for parameter in model.parameters()) * torch.inf).backward()
+    scaler.step(trained)
+    scaler.update()
+    assert_close(dict(model.named_parameters()), before, rtol=0, atol=0)
+    states = [value for state in trained.state.values() for value in state.values() if value is not None]
+    assert all((value == 0).all() for value in states)
 
 
 def test_finetuning_that_diverges_stops(people, pretrained, tmp_path):

@@ -107,6 +107,13 @@ def test_a_manifest_that_is_none(listed, text):
         check_manifest(listed)
 
 
+def test_a_manifest_that_is_a_pipe_is_not_waited_for(listed):
+    (listed / MANIFEST).unlink()
+    os.mkfifo(listed / MANIFEST)
+    with pytest.raises(ValueError, match="manifest.json can't be read"):
+        check_manifest(listed)
+
+
 def test_a_manifest_names_nothing_outside_its_folder(listed):
     (listed / "inner").mkdir()
     (listed / "inner" / MANIFEST).write_text('{"files": {"../a": {"size": 12, "sha256": ""}}}')

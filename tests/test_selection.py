@@ -158,9 +158,19 @@ def test_bad_index(crops, tmp_path):
         with pytest.raises(ValueError, match="doesn't say what it is an index of"):
             load_person_images(index)
     told = b'{"data": "%s", "num_images": 6}' % str(tmp_path / "elsewhere").encode()
-    for table in (pa.table({"row": [0]}), pa.table({"row": [77], "kept": [True]})):
+    for rows, kept, message in (
+        ([0], None, "index can't be read"),
+        ([77], [True], "rows outside 0 to 5"),
+        ([-1], [True], "rows outside 0 to 5"),
+        ([0, 1], [False, False], "keeps no image"),
+        (["a"], [True], "expected an int64"),
+        ([0.5], [True], "expected an int64"),
+        ([0, 1], [1, 0], "expected an int64"),
+        ([0, None], [True, True], "expected an int64"),
+    ):
+        table = pa.table({"row": rows} | ({"kept": kept} if kept else {}))
         pq.write_table(table.replace_schema_metadata({SELECTION_METADATA: told}), index)
-        with pytest.raises(ValueError, match="index can't be read"):
+        with pytest.raises(ValueError, match=message):
             load_person_images(index)
 
 

@@ -28,7 +28,7 @@ MAX_REQUEST_BYTES = 2 * (4 * MAX_UPLOAD_BYTES // 3) + 2**16
 _DATA_URL = re.compile(r"data:image/[a-z0-9.+-]{1,20};base64,")
 # Gradio's doors to files and other servers. The app needs none of them.
 _CLOSED = re.compile(
-    r"(^|/gradio_api)/(upload|file[=/]|proxy=|stream/|process_recording|vibe-|dev/|component_server|runs|run-history)"
+    r"(^|/gradio_api)/(upload|file[=/]|proxy=|stream/|process_recording|vibe-|dev/|component_server|runs|run-history|deep_link)"
 )
 _FILE_KEYS = {"path", "url", "orig_name", "_type"}
 

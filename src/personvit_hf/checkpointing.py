@@ -46,10 +46,11 @@ class TrainingProgress:
     Args:
         epoch: The epoch under way, from 0.
         samples: Samples of that epoch already trained on, by all processes together.
-        step: Optimizer steps of the whole run.
+        step: Optimizer steps of the whole run, skipped ones included.
         best: Highest score of an evaluation so far, or None.
         layout: What positions are counted in, such as `images_per_step`: a checkpoint with another layout is refused,
             since it would go on at another place. How a step's images are dealt out to processes is no part of it.
+        skipped: Optimizer steps of the run that were skipped as their gradients were no numbers.
     """
 
     epoch: int = 0
@@ -57,6 +58,7 @@ class TrainingProgress:
     step: int = 0
     best: float | None = None
     layout: dict[str, int] = field(default_factory=dict)
+    skipped: int = 0
 
     def state_dict(self) -> dict[str, Any]:
         """The fields."""
@@ -80,7 +82,7 @@ class TrainingProgress:
                 f"it counts in other units: {'; '.join(changed)}. Choose batch size and gradient accumulation so that "
                 "with this number of processes an optimizer step sees as many images as before"
             )
-        for name in ("epoch", "samples", "step"):
+        for name in ("epoch", "samples", "step", "skipped"):
             value = state.get(name)
             if not isinstance(value, int) or value < 0:
                 raise ValueError(f"`{name}` must be a number from 0, found {value!r}")

@@ -26,7 +26,7 @@ def make_accelerator(
     output_dir: str | Path,
     mixed_precision: str | None,
     gradient_accumulation_steps: int,
-    report_to: str | list[str] | None,
+    report_to: str | None,
     timeout_minutes: float,
 ) -> Accelerator:
     """The accelerator of a training script, as `accelerate launch` configured it.
@@ -38,7 +38,7 @@ def make_accelerator(
         output_dir: The run's output folder.
         mixed_precision: no, bf16 or fp16; None follows accelerate's configuration.
         gradient_accumulation_steps: Batches per optimizer step.
-        report_to: Accelerate's trackers.
+        report_to: Accelerate's trackers, with commas between them.
         timeout_minutes: How long processes wait for each other before they give up.
 
     Raises:
@@ -56,7 +56,7 @@ def make_accelerator(
         mixed_precision=mixed_precision,
         gradient_accumulation_steps=gradient_accumulation_steps,
         dataloader_config=DataLoaderConfiguration(even_batches=False),
-        log_with=report_to,
+        log_with=report_to.split(",") if report_to else None,
         project_dir=output_dir,
         deepspeed_plugin=deepspeed,
         kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=timedelta(minutes=timeout_minutes))],

@@ -97,7 +97,7 @@ def embed_images(
     )
     budget = BrokenImageBudget(max_broken_share)
     embeddings = np.full((len(processed), model.config.hidden_size), np.nan, np.float32)
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}  # a teacher's batch norms train, the rest doesn't
     model.eval()
     try:
         for items, broken in tqdm(loader, desc="Embedding", disable=not progress):
@@ -113,7 +113,8 @@ def embed_images(
             embeddings[list(indices)] = torch.nn.functional.normalize(features.float(), dim=-1).cpu().numpy()
         budget.end_epoch()
     finally:
-        model.train(was_training)
+        for module, was_training in modes.items():
+            module.training = was_training
     return embeddings
 
 

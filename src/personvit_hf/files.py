@@ -96,6 +96,8 @@ def check_manifest(folder: Path) -> None:
     """
     path = folder / MANIFEST
     try:
+        if not path.is_file():  # such as a pipe, on which reading would wait
+            raise ValueError("no such file")
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise ValueError(f"larger than {MAX_MANIFEST_BYTES} bytes")
         files = json.loads(path.read_text())["files"]

@@ -141,10 +141,14 @@ def _selected(file: Path, told: dict[str, Any], keep: Sequence[str]) -> datasets
         )
     try:
         table = pq.read_table(file, columns=["row", "kept"])
-        kept = table["row"].to_numpy()[table["kept"].to_numpy()]
-        return rows.select(kept)
-    except (pa.ArrowException, KeyError, IndexError, OSError) as error:
+    except (pa.ArrowException, KeyError, OSError) as error:
         raise ValueError(f"{file}: the index can't be read: {error}. Make it anew.") from error
+    if table.schema.types != [pa.int64(), pa.bool_()] or any(column.null_count for column in table.columns):
+        raise ValueError(f"{file}: expected an int64 `row` and a bool `kept` of each image. Make the index anew.")
+    kept = table["row"].to_numpy()[table["kept"].to_numpy()]
+    if not len(kept) or kept.min() < 0 or kept.max() >= len(rows):
+        raise ValueError(f"{file}: keeps no image, or rows outside 0 to {len(rows) - 1}. Make the index anew.")
+    return rows.select(kept)
 
 
 def luperson_path(name: str | os.PathLike, root: str | os.PathLike) -> Path:

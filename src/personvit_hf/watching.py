@@ -140,12 +140,13 @@ class StepGuard:
         model: The unwrapped model. Its buffers (centers, statistics of batch norms) move in the forward pass, and are
             put back.
         limit: Steps that a run may skip; 0 checks and keeps nothing.
+        skipped: Steps skipped already, before the run was resumed.
     """
 
-    def __init__(self, model: torch.nn.Module, limit: int):
+    def __init__(self, model: torch.nn.Module, limit: int, skipped: int = 0):
         if limit < 0:
             raise ValueError(f"`skip_nonfinite_steps` must be 0 (none) or more, got {limit}.")
-        self.model, self.limit, self.skipped = model, limit, 0
+        self.model, self.limit, self.skipped = model, limit, skipped
         self.remember()
 
     def remember(self) -> None:
