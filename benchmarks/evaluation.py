@@ -1,6 +1,6 @@
 """Times scoring, re-ranking and search, each beside the plain way of doing it, in processes of their own.
 
-    python benchmarks/evaluation.py ranking reranking options --repeats 5
+    python benchmarks/evaluation.py ranking reranking options --repeats 5   # --dense market: needs 9 GB of memory
     python benchmarks/evaluation.py search
 
 Embeddings are drawn: people with looks in common, cameras with a bias, blurred pictures, at the sizes of Market-1501
@@ -160,7 +160,7 @@ def our_options(case: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
 def searched(kind: str, count: int, num_queries: int = 200, k: int = 10) -> dict[str, float]:
     """Seconds to build an index, milliseconds a query, and the share of the true nearest that it finds."""
     from personvit_hf.embedding import EmbeddingFolder
-    from personvit_hf.search import ExactIndex, FaissIndex
+    from personvit_hf.search import ExactIndex, FaissIndex, QdrantIndex
 
     rng = np.random.default_rng(0)
     people = rng.normal(size=(max(1, count // 20), DIM)).astype(np.float32)
@@ -175,7 +175,12 @@ def searched(kind: str, count: int, num_queries: int = 200, k: int = 10) -> dict
     with tempfile.TemporaryDirectory() as path:
         start = time.perf_counter()
         folder = EmbeddingFolder(Path(path), {"weights": "drawn"}, vectors, np.arange(count), [], {})
-        index = exact if kind == "exact" else FaissIndex(folder, kind)
+        if kind == "qdrant":
+            from qdrant_client import QdrantClient
+
+            index = QdrantIndex(QdrantClient(":memory:"), "people", folder)
+        else:
+            index = exact if kind == "exact" else FaissIndex(folder, kind)
         built = time.perf_counter() - start
     times = []
     for batch in (1, num_queries):
@@ -262,10 +267,11 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=["market", "msmt17"], choices=["market", "msmt17"])
     parser.add_argument("--repeats", type=int, default=5, help="processes for each line at Market-1501's size")
     parser.add_argument("--vectors", type=int, default=1_000_000, help="size of the gallery that is searched")
-    parser.add_argument("--indices", nargs="+", default=["exact", "flat", "ivfpq", "hnsw"], help="what to search with")
+    indices = ["exact", "flat", "ivfpq", "hnsw", "qdrant"]
+    parser.add_argument("--indices", nargs="+", default=indices, help="what to search with; all if not given")
     parser.add_argument("--fastreid", help="folder with fast-reid's built rank_cy module")
     parser.add_argument(
-        "--dense", default="market/2", choices=["market", "market/2"], help="size for dense re-ranking"
+        "--dense", default="market/2", choices=["market", "market/2", "none"], help="size for dense re-ranking"
     )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--size", help=argparse.SUPPRESS)
@@ -284,12 +290,12 @@ def main() -> None:
             title += f"; the others ran every {every}th query, and only their times are multiplied by {every}"
         report(title, rows, {name: every for name in names[:-1]})
     for settings in ("20 6 0.3", "50 15 0.3") if "reranking" in parts else ():
-        rows = in_turns([f"reranking {kind} {settings}" for kind in ("plain", "ours")], args.dense, 1, 2, None)
-        report(f"Re-ranking, size of {args.dense}, 2 threads", rows)
-        for size in args.sizes:
-            report(
-                f"Re-ranking, size of {size}, 2 threads", in_turns([f"reranking ours {settings}"], size, 1, 2, None)
-            )
+        kinds = {size: ["ours"] for size in args.sizes}
+        if args.dense != "none":
+            kinds[args.dense] = ["plain", "ours"]
+        for size in kinds:
+            rows = in_turns([f"reranking {kind} {settings}" for kind in kinds[size]], size, 1, 2, None)
+            report(f"Re-ranking, size of {size}, 2 threads", rows)
     if "options" in parts:
         print("\nOptions, size of market\n\n| | mAP | Rank-1 |\n|---|---|---|")
         command = [sys.executable, __file__, "--child", "options", "--size", "market"]

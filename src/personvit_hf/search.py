@@ -21,7 +21,9 @@ from .visualization import draw_rankings, save_figure
 
 Filter = Mapping[str, Sequence[Any]]
 
-FAISS_KINDS = {"flat": "Flat", "ivfpq": "IVF{cells},PQ{parts}", "hnsw": "HNSW32"}
+FAISS_KINDS = {"flat": "Flat", "ivfpq": "IVF{cells},PQ{parts}", "hnsw": "HNSW16"}
+# Compressed vectors only tell which so many times k images to compare with the query themselves.
+_COMPRESSED_FETCH = 10
 _BLOCK_ELEMENTS = 2**24
 _QDRANT_BATCH = 1024
 
@@ -78,7 +80,9 @@ class ExactIndex:
 
 
 class FaissIndex:
-    """An index of faiss, held by `datasets`: "flat" (exact), "ivfpq" (compressed) or "hnsw" (a graph).
+    """An index of faiss, held by `datasets`.
+
+    "flat" is exact, "hnsw" a graph; with "ivfpq" compressed vectors choose and the embeddings themselves rank.
 
     Args:
         folder: The embeddings it is for. It is read from there if it was built before, else built and written there.
@@ -97,6 +101,7 @@ class FaissIndex:
 
         self.columns = folder.columns
         self.size, self.width = folder.embeddings.shape
+        self.to_compare = folder.embeddings if kind == "ivfpq" else None
         # One column, so that `datasets` has as many rows as the index; the vectors stay in the index.
         self.rows = datasets.Dataset.from_dict({"row": np.arange(self.size)})
         file, stamp_file = folder.path / f"index-{kind}.faiss", folder.path / f"index-{kind}.json"
@@ -115,6 +120,7 @@ class FaissIndex:
                 folder.embeddings,
                 "vectors",
                 string_factory=FAISS_KINDS[kind].format(cells=cells, parts=parts),
+                batch_size=2**16,  # its threads share a batch
                 metric_type=faiss.METRIC_INNER_PRODUCT,
                 train_size=min(self.size, 64 * cells) if kind == "ivfpq" else None,
             )
@@ -129,11 +135,11 @@ class FaissIndex:
     def search(
         self, queries: np.ndarray, k: int, where: Filter | None = None, exclude: Filter | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """As `ExactIndex.search`; but for "flat" some of the nearest may be missed and similarities are rough."""
+        """As `ExactIndex.search`; but for "flat" some of the nearest may be missed."""
         _check_queries(queries, self.width, k)
         kept = _matching(self.columns, self.size, where, exclude)
         wanted = min(k, self.size if kept is None else len(kept))
-        fetched = wanted
+        fetched = wanted if self.to_compare is None else min(self.size, _COMPRESSED_FETCH * wanted)
         while True:
             result = self.rows.search_batch("vectors", queries, k=max(1, fetched))
             similarities, indices = (np.asarray(part) for part in (result.total_scores, result.total_indices))
@@ -143,9 +149,13 @@ class FaissIndex:
             fetched = min(self.size, 4 * fetched)  # the filter left too few: look farther
         found = np.full((len(queries), k), -1, np.int64), np.full((len(queries), k), np.nan, np.float32)
         for row, mask in enumerate(good):
-            count = min(wanted, int(mask.sum()))
-            found[0][row, :count] = indices[row][mask][:count]
-            found[1][row, :count] = similarities[row][mask][:count]
+            near, likeness = indices[row][mask], similarities[row][mask]
+            if self.to_compare is not None:
+                likeness = self.to_compare[near] @ queries[row]
+                order = np.argsort(-likeness, kind="stable")
+                near, likeness = near[order], likeness[order]
+            count = min(wanted, near.size)
+            found[0][row, :count], found[1][row, :count] = near[:count], likeness[:count]
         return found
 
 

@@ -93,6 +93,7 @@ def test_equals_the_dense_formulas(seed, k1, k2, lambda_value, block_rows, scrat
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reranking, "BLOCK_ROWS", block_rows)
         patch.setattr(reranking, "_SCRATCH_ELEMENTS", scratch)
+        patch.setattr(reranking, "_CACHED_ELEMENTS", scratch)
         patch.setattr(reranking, "_SAMPLE", 40)
         found = rerank(query, gallery, k1, k2, lambda_value)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,10 @@ from .distances import embedding_array, row_norms
 
 # Rows and columns of a block of distances (16 MiB in float32; larger ones are slower, being paged in anew each time).
 BLOCK_ROWS = 2048
-# Elements of the arrays that mark or add up whole rows.
-_SCRATCH_ELEMENTS = 2**24
+# Elements of the array that marks neighbours in whole rows.
+_SCRATCH_ELEMENTS = 2**21
+# Elements of what is made and thrown away at each step: small enough for a core's own cache.
+_CACHED_ELEMENTS = 2**17
 # Images whose distances give a first bound on how far the nearest neighbours are.
 _SAMPLE = 1024
 _NOTHING = np.uint64(2**64 - 1)
@@ -131,6 +133,7 @@ def _neighbours(vectors: np.ndarray, num: int, out: np.ndarray, device: Any) -> 
     # A CUDA tensor's distances are computed beside it, in float64 because float32 products may be rounded to TF32.
     on_device = vectors if device is None else device.double().new_tensor(vectors)
     nearest = _Nearest(vectors, num)
+    place = np.empty(min(BLOCK_ROWS, num_images) ** 2, np.float32)  # of each block: fresh memory costs time
     longest = np.zeros(num_images, np.float32)
     starts = range(0, num_images, BLOCK_ROWS)
     for first in starts:
@@ -138,9 +141,12 @@ def _neighbours(vectors: np.ndarray, num: int, out: np.ndarray, device: Any) -> 
         turned = _other_side(on_device[rows])
         for second in starts[first // BLOCK_ROWS :]:
             columns = slice(second, min(second + BLOCK_ROWS, num_images))
-            block = turned @ on_device[columns].T
-            if device is not None:
-                block = block.float().cpu().numpy()
+            if device is None:
+                shape = rows.stop - rows.start, columns.stop - columns.start
+                block = place[: shape[0] * shape[1]].reshape(shape)
+                np.matmul(turned, vectors[columns].T, out=block)
+            else:
+                block = (turned @ on_device[columns].T).float().cpu().numpy()
             if rows == columns:
                 np.fill_diagonal(block, 0)
             longest[rows] = np.maximum(longest[rows], block.max(axis=1))
@@ -181,8 +187,7 @@ class _Nearest:
     def add_transposed(self, block: np.ndarray, rows: slice, columns: slice) -> None:
         """Rows as neighbours of columns."""
         row, column = np.divmod(np.flatnonzero(block <= self.bound[columns]), block.shape[1])
-        order = np.argsort(column, kind="stable")
-        row, column = row[order], column[order]
+        column, row = np.divmod(np.sort(column * len(block) + row), len(block))
         self._merge(columns, column, rows.start + row, block[row, column])
 
     def _merge(self, images: slice, image: np.ndarray, neighbour: np.ndarray, distances: np.ndarray) -> None:
@@ -219,52 +224,69 @@ class _Sparse:
     values: np.ndarray
 
     @classmethod
-    def of(cls, parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> _Sparse:
+    def of(cls, parts: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> _Sparse:
         """From (entries in each row, columns, values) of consecutive rows."""
-        counts, columns, values = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        return cls(np.concatenate([[0], np.cumsum(counts)]), columns, values)
-
-    def rows(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Entries of some rows: for each, the place of its row in `index`, its column and its value."""
-        counts = self.starts[index + 1] - self.starts[index]
-        picked = np.arange(counts.sum()) + np.repeat(self.starts[index] - (np.cumsum(counts) - counts), counts)
-        return np.repeat(np.arange(index.size), counts), self.columns[picked], self.values[picked]
-
-    def transposed(self, first_row: int) -> _Sparse:
-        """The transpose of the rows from `first_row` on, which count from 0 again."""
-        start = self.starts[first_row]
-        order = np.argsort(self.columns[start:])
-        counts = np.diff(self.starts[first_row:])
-        row = np.repeat(np.arange(counts.size, dtype=np.int32), counts)[order]
-        per_column = np.bincount(self.columns[start:], minlength=self.starts.size - 1)
-        return _Sparse(np.concatenate([[0], np.cumsum(per_column)]), row, self.values[start:][order])
+        counts, columns, values = (list(arrays) for arrays in zip(*parts, strict=True))
+        joined = []
+        for arrays in (counts, columns, values):
+            joined.append(np.concatenate(arrays))
+            arrays.clear()  # never all of it twice
+        return cls(_starts(joined[0]), *joined[1:])
 
 
-def _row_chunks(num_images: int) -> Iterator[np.ndarray]:
-    step = max(1, _SCRATCH_ELEMENTS // num_images)
+def _starts(counts: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(counts)])
+
+
+def _pack(high: np.ndarray, low: np.ndarray) -> np.ndarray:
+    """Two 32-bit numbers in one of 64 bits: sorting these is several times as fast as `argsort`."""
+    return (high.astype(np.uint64) << np.uint64(32)) | low.view(np.uint32)
+
+
+def _high(packed: np.ndarray) -> np.ndarray:
+    return (packed >> np.uint64(32)).view(np.int64)
+
+
+def _low(packed: np.ndarray) -> np.ndarray:
+    return packed.astype(np.uint32)
+
+
+def _row_chunks(num_images: int, step: int) -> Iterator[np.ndarray]:
+    step = max(1, step)
     for start in range(0, num_images, step):
         yield np.arange(start, min(start + step, num_images))
 
 
-def _mutual(neighbours: np.ndarray, num: int) -> np.ndarray:
-    """Whether an image is among the `num` nearest of each of its own `num` nearest; bool (images, num)."""
-    mutual = np.empty((len(neighbours), num), bool)
-    step = max(1, _SCRATCH_ELEMENTS // num**2)
-    for start in range(0, len(neighbours), step):
-        images = np.arange(start, min(start + step, len(neighbours)))
-        theirs = neighbours[neighbours[images, :num], :num]
-        mutual[images] = (theirs == images[:, None, None]).any(axis=2)
-    return mutual
+def _mutual_ranks(neighbours: np.ndarray) -> np.ndarray:
+    """How many nearest it takes for an image and each of its neighbours to be among each other's.
+
+    int32 (images, num): the larger of the two ranks, counted from 0; `num` if it isn't among its neighbour's.
+    """
+    num_images, num = neighbours.shape
+    image = np.arange(num_images)[:, None]
+    pairs = (np.minimum(neighbours, image) * num_images + np.maximum(neighbours, image)).ravel()
+    order = np.argsort(pairs)
+    pairs = pairs[order]
+    twice = np.flatnonzero(pairs[1:] == pairs[:-1])  # found from both sides
+    one, other = order[twice], order[twice + 1]
+    ranks = np.full(num_images * num, num, np.int32)
+    ranks[one] = ranks[other] = np.maximum(one % num, other % num)
+    ranks = ranks.reshape(num_images, num)
+    # the image itself, found once; nearest in general, later among duplicates
+    place, rank = np.nonzero(neighbours == image)
+    ranks[place, rank] = rank
+    return ranks
 
 
 def _codes(vectors: np.ndarray, neighbours: np.ndarray, longest: np.ndarray, half: int) -> _Sparse:
     """Each image's weights of its k-reciprocal neighbours, expanded by those that share two thirds of theirs."""
-    num_images = len(neighbours)
-    mutual, mutual_half = _mutual(neighbours, neighbours.shape[1]), _mutual(neighbours, half)
+    num_images, num = neighbours.shape
+    ranks = _mutual_ranks(neighbours)
+    mutual, mutual_half = ranks < num, ranks[:, :half] < half
     half_size = mutual_half.sum(axis=1)
     parts = []
     marked = np.zeros(0, bool)
-    for images in _row_chunks(num_images):
+    for images in _row_chunks(num_images, _SCRATCH_ELEMENTS // num_images):
         offset = np.arange(images.size)[:, None] * num_images
         marked = np.zeros(images.size * num_images, bool) if marked.size != images.size * num_images else marked
         own = (offset + neighbours[images])[mutual[images]]
@@ -278,50 +300,100 @@ def _codes(vectors: np.ndarray, neighbours: np.ndarray, longest: np.ndarray, hal
         more = theirs[accepted][mutual_half[candidate[accepted]]]
         marked[own] = False
         place, column = np.divmod(_unique(np.concatenate([own, more])), num_images)
-        distances = np.einsum("nd,nd->n", _other_side(vectors[images])[place], vectors[column])
+        distances = _pair_distances(vectors, images[place], column)
         weights = np.exp(-np.maximum(distances, 0) / longest[images[place]])
         weights /= np.bincount(place, weights=weights)[place].astype(np.float32)
         parts.append((np.bincount(place, minlength=images.size), column.astype(np.int32), weights))
     return _Sparse.of(parts)
 
 
+def _pair_distances(vectors: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Squared distances of pairs of images."""
+    products = np.empty(one.size, np.float32)
+    step = max(1, _CACHED_ELEMENTS // vectors.shape[1])
+    for start in range(0, one.size, step):
+        piece = slice(start, start + step)
+        sides = (vectors[images[piece]][:, :-2] for images in (one, other))
+        np.einsum("nd,nd->n", *sides, out=products[piece])
+    return vectors[one, -1] + vectors[other, -1] - 2 * products
+
+
 def _unique(keys: np.ndarray) -> np.ndarray:
     """Ascending, each once; numpy's own `unique` hashes, which takes longer here."""
     keys.sort()
-    return keys[np.concatenate([[True], keys[1:] != keys[:-1]])]
+    return keys[_is_first(keys)]
+
+
+def _is_first(ascending: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.ones(min(1, ascending.size), bool), ascending[1:] != ascending[:-1]])
 
 
 def _averaged(codes: _Sparse, neighbours: np.ndarray) -> _Sparse:
     """Each row the mean of the rows of an image's nearest, itself among them."""
     num_images, num = neighbours.shape
     parts = []
-    total = np.zeros(0, np.float32)
-    for images in _row_chunks(num_images):
-        if total.size != images.size * num_images:
-            total = np.zeros(images.size * num_images, np.float32)
-        keys = []
-        for rank in range(num):
-            place, column, value = codes.rows(neighbours[images, rank])
-            keys.append(place * num_images + column)
-            total[keys[-1]] += value  # no key twice in one row
-        found = _unique(np.concatenate(keys))
-        place, column = np.divmod(found, num_images)
-        counts = np.bincount(place, minlength=images.size)
-        parts.append((counts, column.astype(np.int32), total[found] / np.float32(num)))
-        total[found] = 0
+    per_image = max(1, num * codes.columns.size // num_images)
+    # place x images has to fit in 32 bits, too
+    for images in _row_chunks(num_images, min(_CACHED_ELEMENTS // per_image, 2**32 // num_images)):
+        rows = neighbours[images].ravel()
+        counts = codes.starts[rows + 1] - codes.starts[rows]
+        entries = np.arange(counts.sum()) + np.repeat(codes.starts[rows] - (np.cumsum(counts) - counts), counts)
+        keys = np.repeat(np.repeat(np.arange(images.size) * num_images, num), counts) + codes.columns[entries]
+        packed = _pack(keys, codes.values[entries])
+        packed.sort()
+        keys = _high(packed)
+        first = np.flatnonzero(_is_first(keys))
+        totals = np.add.reduceat(_low(packed).view(np.float32), first)
+        place, column = np.divmod(keys[first], num_images)
+        parts.append((np.bincount(place, minlength=images.size), column.astype(np.int32), totals / np.float32(num)))
     return _Sparse.of(parts)
+
+
+def _holders(codes: _Sparse, first_row: int) -> tuple[np.ndarray, np.ndarray]:
+    """For each column the rows from `first_row` on that have it, counted from 0 again, packed with their values.
+
+    Returns:
+        (images + 1,) starts and the packed entries, column by column.
+    """
+    num_images = codes.starts.size - 1
+    counts = np.zeros(num_images, np.int64)
+    pieces = []
+    # few enough pieces that going through all columns for each of them takes no time
+    step = max(_CACHED_ELEMENTS, num_images) * num_images // max(1, codes.columns.size)
+    for rows in _row_chunks(num_images - first_row, step):
+        rows = rows + first_row
+        piece = slice(codes.starts[rows[0]], codes.starts[rows[-1] + 1])
+        pieces.append((rows, piece))
+        counts += np.bincount(codes.columns[piece], minlength=num_images)
+    starts = _starts(counts)
+    free = starts[:-1].copy()
+    packed = np.empty(starts[-1], np.uint64)
+    for rows, piece in pieces:
+        columns = codes.columns[piece]
+        order = _pack(columns, np.arange(columns.size, dtype=np.uint32))
+        order.sort()
+        columns, order = _high(order), _low(order)
+        counts = np.bincount(columns, minlength=num_images)
+        row = np.repeat(rows - first_row, np.diff(codes.starts[rows[0] : rows[-1] + 2]))
+        place = np.arange(columns.size) + (free - _starts(counts)[:-1])[columns]
+        packed[place] = _pack(row[order], codes.values[piece][order])
+        free += counts
+    return starts, packed
 
 
 def _to_final(out: np.ndarray, codes: _Sparse, longest: np.ndarray, lambda_value: float) -> None:
     """Turns squared distances in `out` into the weighted sum of them and the Jaccard distance of the codes."""
     num_queries, num_gallery = out.shape
-    gallery = codes.transposed(num_queries)
+    starts, holders = _holders(codes, num_queries)
     for query in range(num_queries):
         entries = slice(codes.starts[query], codes.starts[query + 1])
-        place, image, value = gallery.rows(codes.columns[entries])
-        smaller = np.minimum(codes.values[entries][place], value)
+        columns = codes.columns[entries]
+        first, end = starts[columns], starts[columns + 1]
+        runs = (holders[i:j] for i, j in zip(first.tolist(), end.tolist(), strict=True))
+        packed = np.concatenate([holders[:0], *runs])
+        smaller = np.minimum(np.repeat(codes.values[entries], end - first), _low(packed).view(np.float32))
         # Codes sum to 1, so the sum of the larger weights is 2 less that of the smaller.
-        shared = np.bincount(image, weights=smaller, minlength=num_gallery).astype(np.float32)
+        shared = np.bincount(_high(packed), weights=smaller, minlength=num_gallery).astype(np.float32)
         shared /= 2 - shared
         row = out[query]
         row *= lambda_value / longest[query]
