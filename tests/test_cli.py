@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from golden_fixtures import GOLDEN
@@ -120,6 +121,47 @@ def checkpoint(tmp_path_factory) -> Path:
     PersonViTForReID(PersonViTConfig(**sizes, image_size=[32, 16], patch_size=8, num_labels=4)).save_pretrained(folder)
     PersonViTImageProcessor(size={"height": 32, "width": 16}).save_pretrained(folder)
     return folder
+
+
+def test_a_gallery_is_embedded_and_searched(checkpoint, tmp_path):
+    """The quick one; the slow ones below draw, filter and share the work."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for name in "abcd":
+        pixels = rng.integers(0, 256, (40, 20, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{name}.png")
+    process = personvit(
+        *("embed", tmp_path / "images", "--model", checkpoint),
+        *("--out", tmp_path / "gallery", "--num-workers", 0),
+    )
+    assert process.returncode == 0, process.stderr
+    assert "1 shards made by process 0 of 1" in process.stdout
+    query = tmp_path / "images" / "c.png"
+    process = personvit("search", "--gallery", tmp_path / "gallery", "--query", query, "--top", 3)
+    assert process.returncode == 0, process.stderr
+    title, first, second, third = process.stdout.splitlines()
+    assert title == str(query)
+    rank, similarity, name = first.split()
+    assert (rank, similarity, Path(name).name) == ("1", "1.0000", "c.png")
+    assert float(third.split()[1]) <= float(second.split()[1]) <= 1
+
+
+@pytest.mark.slow
+def test_qdrant_finds_the_same(checkpoint, tmp_path):
+    pytest.importorskip("qdrant_client")
+    flags = ["--model", checkpoint, "--out", tmp_path / "gallery", "--split", "gallery"]
+    assert personvit("embed", DATA, *flags).returncode == 0
+    rows = datasets.Dataset.from_parquet(str(next(DATA.glob("gallery*.parquet"))))
+    rows = rows.cast_column("image", datasets.Image(decode=False))
+    (tmp_path / "query.jpg").write_bytes(rows[17]["image"]["bytes"])
+    search = ["search", "--gallery", tmp_path / "gallery", "--query", tmp_path / "query.jpg", "--not-camera", 1]
+    exact, qdrant = (personvit(*search, "--index", index) for index in ("exact", "qdrant"))
+    assert qdrant.returncode == 0, qdrant.stderr
+    assert qdrant.stdout == exact.stdout != ""
+    process = personvit(*search, "--index", "qdrant", "--qdrant-url", "http://127.0.0.1:9")
+    assert process.returncode == 1
+    assert process.stderr.splitlines()[-1].startswith("personvit: Qdrant at http://127.0.0.1:9")
+    assert "Traceback" not in process.stderr
 
 
 @pytest.mark.slow

@@ -7,7 +7,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from personvit_hf.embedding import EmbeddingFolder
-from personvit_hf.search import ExactIndex, FaissIndex, QdrantIndex, draw_results, load_gallery_images, rank_benchmark
+from personvit_hf.search import (
+    ExactIndex,
+    FaissIndex,
+    QdrantIndex,
+    draw_results,
+    load_gallery_images,
+    open_index,
+    rank_benchmark,
+)
 
 
 def unit_rows(rng, count, dim=16):
@@ -140,6 +148,10 @@ def test_bad_searches(kind, tmp_path):
 def test_unknown_kinds_and_splits(tmp_path):
     with pytest.raises(ValueError, match="flat, ivfpq, hnsw"):
         FaissIndex(gallery_folder(tmp_path), "lsh")
+    with pytest.raises(ValueError, match="exact, flat, ivfpq, hnsw, qdrant; got 'lsh'"):
+        open_index(gallery_folder(tmp_path), "lsh")
+    with pytest.raises(ValueError, match="Qdrant URL.*'exact'"):
+        open_index(gallery_folder(tmp_path), "exact", "http://localhost:6333")
     with pytest.raises(ValueError, match="train, query, gallery"):
         load_gallery_images(str(tmp_path), "test")
 

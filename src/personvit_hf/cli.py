@@ -254,7 +254,10 @@ def search(
     query: Annotated[list[Path], typer.Option(help="Picture to search for; may be given several times.")],
     model: Annotated[str | None, typer.Option(help="Checkpoint; default: the one noted in the gallery.")] = None,
     top: Annotated[int, typer.Option(help="How many to show for each query.")] = 10,
-    index: Annotated[str, typer.Option(help="exact, or faiss's flat, ivfpq or hnsw.")] = "exact",
+    index: Annotated[str, typer.Option(help="exact, or faiss's flat, ivfpq or hnsw, or qdrant.")] = "exact",
+    qdrant_url: Annotated[
+        str | None, typer.Option(help="Qdrant server, such as http://localhost:6333; default: one in memory.")
+    ] = None,
     camera: Annotated[list[int] | None, typer.Option(help="Only these cameras.")] = None,
     not_camera: Annotated[list[int] | None, typer.Option(help="Not these cameras.")] = None,
     track: Annotated[list[int] | None, typer.Option(help="Only these tracks.")] = None,
@@ -267,14 +270,14 @@ def search(
 
     from .embedding import embed_images, model_fingerprint, read_embeddings
     from .scripting import load_embedding_model
-    from .search import ExactIndex, FaissIndex, draw_results
+    from .search import draw_results, open_index
 
     folder = read_embeddings(gallery)
     model = model or folder.settings["model"]
     network, processor = load_embedding_model(model), AutoImageProcessor.from_pretrained(model)
     folder.require_model(model_fingerprint(network, processor))
     vectors = embed_images(network.to(PartialState().device), processor, query)
-    searched = ExactIndex(folder.embeddings, folder.columns) if index == "exact" else FaissIndex(folder, index)
+    searched = open_index(folder, index, qdrant_url)
     where = {"camera_id": camera, "track_id": track}
     exclude = {"camera_id": not_camera, "track_id": not_track}
     where, exclude = ({name: values for name, values in f.items() if values} for f in (where, exclude))

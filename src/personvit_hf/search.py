@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -226,6 +228,47 @@ class QdrantIndex:
             for column, point in enumerate(response.points):
                 found[0][row, column], found[1][row, column] = point.id, point.score
         return found
+
+
+def open_index(
+    folder: EmbeddingFolder, kind: str = "exact", qdrant_url: str | None = None
+) -> ExactIndex | FaissIndex | QdrantIndex:
+    """The index of a kind, over a folder's embeddings.
+
+    Args:
+        folder: As `read_embeddings` returns it.
+        kind: "exact", "flat", "ivfpq", "hnsw" or "qdrant".
+        qdrant_url: Of a server; without one Qdrant runs in this process, in memory. The environment variable
+            QDRANT_API_KEY, if set, goes with it. The server's collection is named after weights and data, so that
+            each gallery has its own.
+
+    Raises:
+        ImportError: What the kind needs is not installed.
+        ConnectionError: The server can't be reached, or refuses.
+        ValueError: There is no such kind, or a URL was given for another one than "qdrant".
+    """
+    kinds = ["exact", *FAISS_KINDS, "qdrant"]
+    if kind not in kinds:
+        raise ValueError(f"The index must be one of {', '.join(kinds)}; got {kind!r}.")
+    if qdrant_url and kind != "qdrant":
+        raise ValueError(f'A Qdrant URL goes with the index "qdrant" alone, got {kind!r}.')
+    if kind == "exact":
+        return ExactIndex(folder.embeddings, folder.columns)
+    if kind != "qdrant":
+        return FaissIndex(folder, kind)
+    _require("qdrant_client", "qdrant")
+    from qdrant_client import QdrantClient
+    from qdrant_client.http.exceptions import ApiException
+
+    if not qdrant_url:
+        return QdrantIndex(QdrantClient(":memory:"), "people", folder)
+    told = {name: folder.settings.get(name) for name in ("weights", "data", "split", "num_images")}
+    name = f"personvit-{hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]}"
+    try:
+        client = QdrantClient(qdrant_url, api_key=os.environ.get("QDRANT_API_KEY"), check_compatibility=False)
+        return QdrantIndex(client, name, folder)
+    except ApiException as error:
+        raise ConnectionError(f"Qdrant at {qdrant_url}: {error}. Is the server running there?") from error
 
 
 def load_gallery_images(data: str, split: str | None) -> datasets.Dataset:
