@@ -130,6 +130,15 @@ def test_duplicates_of_all():
     assert distances.min() >= 0
 
 
+@pytest.mark.parametrize("k2", [1, 6])
+def test_duplicates_that_are_nobodys_neighbours(k2, monkeypatch):
+    """All of them have the first 21 as nearest, so that most have no mutual neighbour, not even themselves."""
+    monkeypatch.setattr(reranking, "_SCRATCH_ELEMENTS", 1)
+    monkeypatch.setattr(reranking, "_CACHED_ELEMENTS", 1)
+    distances = rerank(np.ones((30, 4), np.float32), np.ones((60, 4), np.float32), k2=k2)
+    assert ((distances >= 0) & (distances <= 1)).all()
+
+
 def test_memory_is_far_below_images_times_images(monkeypatch):
     monkeypatch.setattr(reranking, "BLOCK_ROWS", 256)
     monkeypatch.setattr(reranking, "_SCRATCH_ELEMENTS", 2**18)
