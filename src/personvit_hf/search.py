@@ -23,7 +23,7 @@ from .visualization import draw_rankings, save_figure
 
 Filter = Mapping[str, Sequence[Any]]
 
-FAISS_KINDS = {"flat": "Flat", "ivfpq": "IVF{cells},PQ{parts}", "hnsw": "HNSW16"}
+FAISS_KINDS = {"flat": "Flat", "ivfpq": "IVF{cells},PQ{parts}", "hnsw": "HNSW32"}
 # Compressed vectors only tell which so many times k images to compare with the query themselves.
 _COMPRESSED_FETCH = 10
 _BLOCK_ELEMENTS = 2**24
@@ -132,7 +132,7 @@ class FaissIndex:
         if kind == "ivfpq":
             index.nprobe = 32
         if kind == "hnsw":
-            index.hnsw.efSearch = 128
+            index.hnsw.efSearch = 256
 
     def search(
         self, queries: np.ndarray, k: int, where: Filter | None = None, exclude: Filter | None = None
