@@ -163,7 +163,9 @@ def test_an_epochs_last_step_of_fewer_parts_has_the_gradient_of_their_images(peo
     for batch_size, parts in ((50, 1), (25, 4)):  # 50 images: the epoch's only step has 2 of 4 parts
 
         def clip_and_keep(*arguments, batch_size=batch_size):
-            norms[batch_size].append(clip_gradients(*arguments).item())
+            norm = clip_gradients(*arguments)
+            norms[batch_size].append(norm.item())
+            return norm
 
         monkeypatch.setattr(distributed, "clip_gradients", clip_and_keep)
         settings = SETTINGS | {"batch_size": batch_size, "gradient_accumulation_steps": parts, "epochs": 2}
