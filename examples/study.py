@@ -3,17 +3,20 @@
     python examples/study.py --data DATA --output_dir runs/study --parts objective epochs data robustness
 
 Each model is pre-trained and fine-tuned by the scripts beside this one, once for each seed, and scored without labels
-(zero-shot) and after fine-tuning. A killed study goes on where it was. `--split validation` scores on half of the
-training people, which is what settings are chosen on; `--split test` on query and gallery, once. The output folder
-holds `study.md` (tables: mean and spread over the seeds), `plots/` and each model's own run.
+(zero-shot) and after fine-tuning. A killed study goes on where it was; several at once, with other parts or seeds, may
+share an output folder. `--split validation` scores on half of the training people, which is what settings are chosen
+on; `--split test` on query and gallery, once. The output folder holds `study.md` (tables: mean and spread over the
+seeds), `plots/` and each model's own run.
 
 Parts: `objective` (paper's Table 4: DINO + MIM, DINO alone, MIM alone; at equal steps and at equal time), `epochs`
-(Fig. 3: longer pre-training on little data), `data` (Table 5: 10, 30 and 100% of the pictures at equal steps),
-`robustness` (occluded queries, shifted boxes; the models of `objective`).
+(Fig. 3: one long pre-training on little data, on the way), `data` (Table 5: 10, 30 and 100% of the pictures at equal
+steps, 30% chosen by CFS), `robustness` (occluded queries, shifted boxes; the models of `objective`).
 """
 
 import json
+import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -24,19 +27,27 @@ from typing import Any
 
 import datasets
 import numpy as np
+from filelock import FileLock
 from PIL import Image
+from pretrain import PretrainArguments
 from transformers import AutoImageProcessor
 
 from personvit_hf import load_person_images, load_reid_dataset
+from personvit_hf.checkpointing import list_checkpoints
 from personvit_hf.files import written_aside
 from personvit_hf.scripting import load_embedding_model, option, parse_arguments, read_settings, score
 
 EXAMPLES = Path(__file__).resolve().parent
 PARTS = ("objective", "epochs", "data", "robustness")
+# each without what serves the other alone: masks, or local crops and the KoLeo loss of [CLS] features
 OBJECTIVES = {
     "DINO + MIM": {},
-    "DINO alone": {"mim_loss_weight": 0.0},
-    "MIM alone": {"dino_loss_weight": 0.0},
+    "DINO alone": {
+        "config_overrides": {"mim_loss_weight": 0.0},
+        "mask_ratios": [0.0],
+        "mask_ratio_spreads": [0.0],
+    },
+    "MIM alone": {"config_overrides": {"dino_loss_weight": 0.0, "koleo_loss_weight": 0.0}, "num_local_crops": 0},
 }
 SHIFTS = (0.0, 0.1, 0.2)
 
@@ -48,27 +59,41 @@ class StudyArguments:
     parts: list[str] = option(list(PARTS), f"Some of {', '.join(PARTS)}.")
     seeds: list[int] = option([0, 1, 2], "One model of each kind for each of these.")
     split: str = option("validation", "validation (half of the training people) or test (query and gallery).")
+    check_data: str | None = option(
+        None, "Another labelled data set, on which the models of `objective` are tried too."
+    )
     pretrain_config: str = option(str(EXAMPLES / "recipes" / "pretrain_rendered.yaml"), "Recipe of pretrain.py.")
     finetune_config: str = option(str(EXAMPLES / "recipes" / "finetune_rendered.yaml"), "Recipe of finetune.py.")
     pretrain_epochs: int | None = option(None, "Epochs on all pictures; None for the recipe's.")
-    finetune_epochs: int | None = option(None, "Epochs of fine-tuning; None for the recipe's.")
+    finetune_epochs: int | None = option(None, "Epochs of fine-tuning on `data`; None for the recipe's.")
+    random_learning_rate: float | None = option(
+        None, "Rate of fine-tuning from random weights; None for the recipe's."
+    )
     small_share: float = option(0.1, "Share of the pictures that part `epochs` trains on.")
-    epoch_factors: list[float] = option([1, 2, 4, 8], "Its numbers of epochs, as multiples of `pretrain_epochs`.")
+    epochs: list[int] = option([5, 10, 20, 40], "Its epochs after which the model is tried.")
     shares: list[float] = option([0.1, 0.3, 1.0], "Shares of the pictures in part `data`.")
+    cfs_share: float = option(0.3, "Of these, the one that is also chosen by CFS; 0 for none.")
 
 
 @dataclass(frozen=True)
 class Model:
-    """One setting of one part: `settings` go to pretrain.py, None for random weights."""
+    """One row of a part's table.
 
-    part: str
-    variant: str
+    Attributes:
+        label: Its name there.
+        folder: Of its runs, within the output folder.
+        settings: For pretrain.py; None for random weights.
+        share: Of the pictures, to pre-train on.
+        by_cfs: Whether these are chosen by CFS, not at random.
+        epoch: After which epoch it is taken from its run; None for the last one.
+    """
+
+    label: str
+    folder: str
     settings: dict[str, Any] | None
     share: float = 1.0
-
-    @property
-    def name(self) -> str:
-        return "-".join([self.part, *self.variant.lower().replace("%", "").replace("+", "").split()])
+    by_cfs: bool = False
+    epoch: int | None = None
 
 
 def main() -> None:
@@ -84,53 +109,84 @@ def main() -> None:
             for seed in args.seeds:
                 for kind, folder in trained(args, model, seed, labelled):
                     figures = scored(folder, labelled, args.split, robust=part == "robustness")
-                    rows.append({"part": part, "variant": model.variant, "kind": kind, "seed": seed, **figures})
+                    if args.check_data and part == "objective":
+                        figures |= checked(args, folder, kind, seed)
+                    rows.append({"part": part, "variant": model.label, "kind": kind, "seed": seed, **figures})
         report(args, rows)
 
 
 def models_of(args: StudyArguments, part: str) -> Iterator[Model]:
     """The models that a part compares."""
-    epochs = args.pretrain_epochs or read_settings(args.pretrain_config)["epochs"]
+    warmups = {name: getattr(PretrainArguments, name) for name in ("warmup_epochs", "warmup_temperature_epochs")}
+    recipe = warmups | read_settings(args.pretrain_config)
+    epochs = args.pretrain_epochs or recipe["epochs"]
+    whole = {
+        label: Model(
+            label, f"objective-{'-'.join(label.lower().replace('+', '').split())}", {"epochs": epochs} | change
+        )
+        for label, change in OBJECTIVES.items()
+    }
     if part in ("objective", "robustness"):
-        yield Model("objective", "random", None)
-        for variant, weights in OBJECTIVES.items():
-            yield Model("objective", variant, {"epochs": epochs, "config_overrides": weights})
+        yield Model("random weights", "random", None)
+        yield from whole.values()
     if part == "objective":
-        for variant, weights in list(OBJECTIVES.items())[1:]:
-            same_time = round(epochs * seconds(args, "DINO + MIM") / seconds(args, variant))
+        for label in list(OBJECTIVES)[1:]:
+            same_time = round(epochs * step_seconds(args, whole["DINO + MIM"]) / step_seconds(args, whole[label]))
             if same_time != epochs:
-                settings = {"epochs": same_time, "config_overrides": weights}
-                yield Model("objective", f"{variant} equal time", settings)
+                settings = whole[label].settings | {"epochs": same_time}
+                yield Model(f"{label}, equal time", f"{whole[label].folder}-equal-time", settings)
     if part == "epochs":
-        for factor in args.epoch_factors:
-            count = max(1, round(factor * epochs))
-            yield Model("epochs", f"{count} epochs", {"epochs": count}, args.small_share)
+        every = math.gcd(*args.epochs)
+        settings = {"epochs": max(args.epochs), "save_epochs": every, "keep_checkpoints": max(args.epochs) // every}
+        for epoch in sorted(args.epochs):
+            yield Model(f"{epoch} epochs", "epochs", settings, args.small_share, epoch=epoch)
     if part == "data":
         for share in args.shares:
             # equal steps: the fewer the pictures, the more often each is seen
-            yield Model("data", f"{share:.0%}", {"epochs": max(1, round(epochs / share))}, share)
+            settings = {
+                "epochs": max(1, round(epochs / share)),
+                "warmup_epochs": recipe["warmup_epochs"] / share,
+                "warmup_temperature_epochs": round(recipe["warmup_temperature_epochs"] / share),
+            }
+            if share == 1:
+                yield Model("100%", whole["DINO + MIM"].folder, whole["DINO + MIM"].settings)
+                continue
+            yield Model(f"{share:.0%} at random", f"data-{share:g}", settings, share)
+            if share == args.cfs_share:
+                yield Model(f"{share:.0%} by CFS", f"data-{share:g}-cfs", settings, share, by_cfs=True)
 
 
 def trained(args: StudyArguments, model: Model, seed: int, labelled: Path) -> Iterator[tuple[str, Path]]:
     """(zero-shot or fine-tuned, folder) of a model, trained now if it was not."""
-    folder = Path(args.output_dir) / model.name / f"seed-{seed}"
-    flags: dict[str, Any] = {}
+    folder = Path(args.output_dir) / model.folder / f"seed-{seed}"
+    changes: dict[str, Any] = {} if args.finetune_epochs is None else {"epochs": args.finetune_epochs}
+    after = "" if model.epoch is None else f"-epoch-{model.epoch}"
     if model.settings is not None:
-        yield (
-            "zero-shot",
-            run_once(
-                "pretrain.py",
-                folder / "pretrained",
-                merged(
-                    args.pretrain_config, model.settings | {"seed": seed, "data": unlabelled_data(args, model.share)}
-                ),
-            ),
-        )
-        flags["model_name_or_path"] = str(folder / "pretrained")
-    if args.finetune_epochs is not None:
-        flags["epochs"] = args.finetune_epochs
-    settings = merged(args.finetune_config, flags | {"seed": seed, "data": str(labelled)})
-    yield "fine-tuned", run_once("finetune.py", folder / f"finetuned-{args.split}", settings)
+        data = chosen_by_cfs(args, model, seed, labelled) if model.by_cfs else unlabelled_data(args, model.share)
+        # a collapse is a finding here
+        changed = model.settings | {"seed": seed, "data": data, "stop_on_collapse": False}
+        settings = merged(args.pretrain_config, changed)
+        pretrained = run_once("pretrain.py", folder / "pretrained", settings)
+        if model.epoch is not None:
+            pretrained = as_it_was(
+                pretrained, model.epoch // model.settings["save_epochs"], folder / f"pretrained{after}"
+            )
+        yield "zero-shot", pretrained
+        changes["model_name_or_path"] = str(pretrained)
+    elif args.random_learning_rate is not None:
+        changes["learning_rate"] = args.random_learning_rate
+    settings = merged(args.finetune_config, changes | {"seed": seed, "data": str(labelled)})
+    yield "fine-tuned", run_once("finetune.py", folder / f"finetuned-{args.split}{after}", settings)
+
+
+def as_it_was(run: Path, checkpoint: int, folder: Path) -> Path:
+    """The model of a run's n-th checkpoint, as a folder that loads as the run's own does."""
+    if not folder.is_dir():
+        weights = list_checkpoints(run / "checkpoints")[checkpoint - 1] / "model.safetensors"
+        with written_aside(folder) as partial:
+            shutil.copytree(run, partial, ignore=shutil.ignore_patterns("checkpoints", "scores-*", "lock"))
+            shutil.copyfile(weights, partial / "model.safetensors")
+    return folder
 
 
 def merged(recipe: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -149,28 +205,32 @@ def run_once(script: str, folder: Path, settings: dict[str, Any]) -> Path:
     """
     done, config = folder / "done", folder / "study.json"
     text = json.dumps(settings, indent=2, sort_keys=True)
-    if config.is_file() and config.read_text() != text:
-        raise ValueError(f"{folder} was made with other settings (its study.json): choose another `output_dir`.")
-    if not done.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        config.write_text(text)
-        print(f"{script} -> {folder}", flush=True)
-        command = [sys.executable, str(EXAMPLES / script), "--config", str(config), "--output_dir", str(folder)]
-        # one thread for small models: see demo.py
-        environment = {"OMP_NUM_THREADS": "1"} | os.environ
-        subprocess.run([*command, "--resume_from", "latest"], check=True, env=environment)
-        done.touch()
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):
+        if config.is_file() and config.read_text() != text:
+            raise ValueError(f"{folder} was made with other settings (its study.json): choose another `output_dir`.")
+        if not done.is_file():
+            config.write_text(text)
+            print(f"{script} -> {folder}", flush=True)
+            command = [sys.executable, str(EXAMPLES / script), "--config", str(config), "--output_dir", str(folder)]
+            # one thread for small models: see demo.py
+            environment = {"OMP_NUM_THREADS": "1"} | os.environ
+            subprocess.run([*command, "--resume_from", "latest"], check=True, env=environment)
+            done.touch()
     return folder
 
 
-def seconds(args: StudyArguments, variant: str) -> float:
-    """Time of a step of the models of `objective`, by their logs: the median over the seeds."""
-    folder = Path(args.output_dir) / Model("objective", variant, {}).name
-    speeds = []
-    for log in sorted(folder.glob("seed-*/pretrained/metrics.jsonl")):
-        lines = [json.loads(line) for line in log.read_text().splitlines()]
-        speeds += [line["images_per_second"] for line in lines if "images_per_second" in line][-1:]
-    return 1 / statistics.median(speeds)
+def step_seconds(args: StudyArguments, model: Model) -> float:
+    """Seconds of one of a model's steps, by the log of up to 30."""
+    batch_size = read_settings(args.pretrain_config).get("batch_size", PretrainArguments.batch_size)
+    share = min(1.0, 30 * batch_size / len(load_person_images(args.data)))
+    settings = model.settings | {"epochs": 1, "save_epochs": 0, "logging_steps": 1, "num_workers": 0, "seed": 0}
+    settings = merged(args.pretrain_config, settings | {"data": unlabelled_data(args, share)})
+    folder = run_once("pretrain.py", Path(args.output_dir) / "timing" / model.folder, settings)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    # what is logged is the mean since the start
+    ends = [batch_size * line["step"] / line["images_per_second"] for line in lines if "images_per_second" in line]
+    return statistics.median(np.diff(ends))
 
 
 def unlabelled_data(args: StudyArguments, share: float) -> str:
@@ -184,6 +244,19 @@ def unlabelled_data(args: StudyArguments, share: float) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_aside(path) as partial:
             rows.select(np.sort(order[: round(share * len(rows))])).to_parquet(partial)
+    return str(path)
+
+
+def chosen_by_cfs(args: StudyArguments, model: Model, seed: int, labelled: Path) -> str:
+    """The index of the pictures with the lowest scores by this seed's models, before and after fine-tuning."""
+    path = Path(args.output_dir) / "data" / f"unlabelled-{model.share:g}-cfs-seed-{seed}.parquet"
+    both = next(other for other in models_of(args, "robustness") if other.label == "DINO + MIM")
+    generic, adapted = (folder for _, folder in trained(args, both, seed, labelled))
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "personvit_hf.cli", "data", "select", args.data, "--out", str(path)]
+        models = ["--generic", str(generic), "--adapted", str(adapted)]
+        subprocess.run([*command, "--by", "cfs", "--keep", str(model.share), *models], check=True)
     return str(path)
 
 
@@ -211,8 +284,8 @@ def scored(folder: Path, labelled: Path, split: str, robust: bool) -> dict[str, 
     """mAP and Rank-1 of a model; with `robust` also mAP by occlusion and for shifted boxes. Kept in the folder."""
     path = folder / f"scores-{split}{'-robust' if robust else ''}.json"
     if not path.is_file():
-        model, processor = load_embedding_model(str(folder)), AutoImageProcessor.from_pretrained(folder)
         dataset = load_reid_dataset(str(labelled))
+        model, processor = load_embedding_model(str(folder)), AutoImageProcessor.from_pretrained(folder)
         figures = {}
         for shift in SHIFTS if robust else SHIFTS[:1]:
             queries = dataset["query"] if shift == 0 else shifted(dataset["query"], shift)
@@ -223,8 +296,23 @@ def scored(folder: Path, labelled: Path, split: str, robust: bool) -> dict[str, 
                 figures |= {f"mAP, occluded {group['occlusion']}": group["mAP"] for group in groups}
             else:
                 figures[f"mAP, shifted {shift:.0%}"] = result["mAP"]
-        path.write_text(json.dumps(figures))
+        with written_aside(path, overwrite=True) as partial:
+            partial.write_text(json.dumps(figures))
     return json.loads(path.read_text())
+
+
+def checked(args: StudyArguments, folder: Path, kind: str, seed: int) -> dict[str, float]:
+    """mAP on `check_data` of a pre-trained model, or of one fine-tuned on it in the place of this fine-tuned one."""
+    people = {person for person in load_reid_dataset(args.check_data)["train"]["person_id"] if person > 0}
+    if kind == "fine-tuned":
+        settings = json.loads((folder / "study.json").read_text()) | {"data": args.check_data}
+        recipe = read_settings(args.finetune_config)
+        settings |= {
+            "epochs": recipe["epochs"],
+            "identities_per_batch": min(recipe["identities_per_batch"], len(people)),
+        }
+        folder = run_once("finetune.py", folder.with_name("finetuned-check"), settings)
+    return {"mAP, check data": scored(folder, Path(args.check_data), "check", robust=False)["mAP"]}
 
 
 def shifted(rows: datasets.Dataset, share: float) -> datasets.Dataset:

@@ -76,7 +76,7 @@ def test_fewer_pictures_lie_within_more_and_are_seen_more_often(args):
         for rows in (few, more)
     ]
     assert len(few) == 40 and len(more) == 120 and bytes_of[0] <= bytes_of[1]
-    assert [model.settings["epochs"] for model in study.models_of(args, "data")] == [20, 7, 2]
+    assert [model.settings["epochs"] for model in study.models_of(args, "data")] == [20, 7, 7, 2]
 
 
 def test_a_run_is_not_repeated_and_never_mixed_with_another(tmp_path, monkeypatch):
@@ -137,7 +137,7 @@ def test_end_to_end(args):
         f"--{name}={getattr(args, name)}" for name in ("data", "output_dir", "pretrain_config", "finetune_config")
     ]
     command = [sys.executable, EXAMPLES / "study.py", *flags, "--seeds", "0", "--parts", *study.PARTS]
-    command += ["--pretrain_epochs", "1", "--epoch_factors", "1", "2", "--shares", "0.3", "1"]
+    command += ["--pretrain_epochs", "1", "--epochs", "1", "2", "--shares", "0.3", "1"]
     first = subprocess.run(command, capture_output=True, text=True)
     assert first.returncode == 0, first.stderr[-2000:]
     report = (Path(args.output_dir) / "study.md").read_text()
