@@ -10,7 +10,8 @@ seeds), `plots/` and each model's own run.
 
 Parts: `objective` (paper's Table 4: DINO + MIM, DINO alone, MIM alone; at equal steps and at equal time), `epochs`
 (Fig. 3: one long pre-training on little data, on the way), `data` (Table 5: 10, 30 and 100% of the pictures at equal
-steps, 30% chosen by CFS), `robustness` (occluded queries, shifted boxes; the models of `objective`).
+steps, 30% chosen by CFS), `robustness` (occluded queries, shifted boxes; the models of `objective`), and, when asked
+for, `recipe` (single settings of the recipe changed, zero-shot).
 """
 
 import json
@@ -38,7 +39,7 @@ from personvit_hf.files import written_aside
 from personvit_hf.scripting import load_embedding_model, option, parse_arguments, read_settings, score
 
 EXAMPLES = Path(__file__).resolve().parent
-PARTS = ("objective", "epochs", "data", "robustness")
+PARTS = ("objective", "epochs", "data", "robustness", "recipe")
 # each without what serves the other alone: masks, or local crops and the KoLeo loss of [CLS] features
 OBJECTIVES = {
     "DINO + MIM": {},
@@ -50,13 +51,36 @@ OBJECTIVES = {
     "MIM alone": {"config_overrides": {"dino_loss_weight": 0.0, "koleo_loss_weight": 0.0}, "num_local_crops": 0},
 }
 SHIFTS = (0.0, 0.1, 0.2)
+CHANGES = {
+    "the recipe": {},
+    "no KoLeo loss": {"config_overrides": {"koleo_loss_weight": 0.0}},
+    "bottleneck of 256": {"config_overrides": {"projection_bottleneck_size": 256}},
+    "8192 prototypes": {"config_overrides": {"num_cls_prototypes": 8192, "num_patch_prototypes": 8192}},
+    "temperatures 0.1, 0.04, 0.07": {
+        "config_overrides": {"student_temperature": 0.1},
+        "teacher_temperature": 0.04,
+        "warmup_teacher_temperature": 0.04,
+        "teacher_patch_temperature": 0.07,
+    },
+    "teacher's momentum 0.996": {"teacher_momentum": 0.996},
+    "half the learning rate": {"learning_rate": 0.0028},
+    "twice the learning rate": {"learning_rate": 0.0112},
+    "no local crops": {"num_local_crops": 0},
+    "8 local crops": {"num_local_crops": 8},
+    "half of the patches masked": {"mask_ratios": [0.0, 0.5]},
+    "global crops from 0.2": {"global_scale": [0.2, 1.0]},
+    "global crops from 0.7": {"global_scale": [0.7, 1.0]},
+    "crops of one aspect": {"aspect_ratio": [0.5, 0.5]},
+    "usual grey, solarized and hue": {"grayscale_probability": 0.2, "solarize_probability": 0.2, "hue": 0.1},
+    "no colour jitter": {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0},
+}
 
 
 @dataclass
 class StudyArguments:
     data: str = field(metadata={"help": "Data set with unlabelled and labelled pictures."})
     output_dir: str = field(metadata={"help": "Where everything is written, and found again by the next call."})
-    parts: list[str] = option(list(PARTS), f"Some of {', '.join(PARTS)}.")
+    parts: list[str] = option(list(PARTS[:-1]), f"Some of {', '.join(PARTS)}.")
     seeds: list[int] = option([0, 1, 2], "One model of each kind for each of these.")
     split: str = option("validation", "validation (half of the training people) or test (query and gallery).")
     check_data: str | None = option(
@@ -112,6 +136,8 @@ def main() -> None:
                     if args.check_data and part == "objective":
                         figures |= checked(args, folder, kind, seed)
                     rows.append({"part": part, "variant": model.label, "kind": kind, "seed": seed, **figures})
+                    if part == "recipe":
+                        break  # zero-shot, the first, is all
         report(args, rows)
 
 
@@ -140,6 +166,9 @@ def models_of(args: StudyArguments, part: str) -> Iterator[Model]:
         settings = {"epochs": max(args.epochs), "save_epochs": every, "keep_checkpoints": max(args.epochs) // every}
         for epoch in sorted(args.epochs):
             yield Model(f"{epoch} epochs", "epochs", settings, args.small_share, epoch=epoch)
+    if part == "recipe":
+        for number, (label, change) in enumerate(CHANGES.items()):
+            yield Model(label, f"recipe-{number}", {"epochs": epochs} | change)
     if part == "data":
         for share in args.shares:
             # equal steps: the fewer the pictures, the more often each is seen
@@ -366,7 +395,8 @@ def plot(folder: Path, part: str, table: dict, names: list[str]) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3.2), layout="constrained")
-    for axes, kind in zip(figure.subplots(1, 2), ("zero-shot", "fine-tuned"), strict=True):
+    kinds = list(dict.fromkeys(kind for _, kind in table))
+    for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
         found = {variant: figures for (variant, other), figures in table.items() if other == kind}
         if part == "robustness":
             shown = [name for name in names if name.startswith("mAP")]

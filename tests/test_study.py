@@ -15,6 +15,8 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 import study  # noqa: E402
 
+from personvit_hf import PersonViTConfig  # noqa: E402
+
 MODEL = {
     **{"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 64, "patch_size": 8},
     **{"num_cls_prototypes": 64, "num_patch_prototypes": 32},
@@ -79,6 +81,31 @@ def test_fewer_pictures_lie_within_more_and_are_seen_more_often(args):
     assert [model.settings["epochs"] for model in study.models_of(args, "data")] == [20, 7, 7, 2]
 
 
+def test_every_change_is_one_of_a_setting_that_there_is():
+    for change in (*study.OBJECTIVES.values(), *study.CHANGES.values()):
+        assert all(hasattr(study.PretrainArguments(data="", output_dir=""), name) for name in change)
+        assert all(hasattr(PersonViTConfig(), name) for name in change.get("config_overrides", {}))
+
+
+def test_a_model_on_the_way_is_that_of_its_epoch(args, tmp_path):
+    run = tmp_path / "pretrained"
+    for step in (10, 20, 30):
+        (run / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+        (run / "checkpoints" / f"step-{step:08d}" / "model.safetensors").write_text(f"after {step}")
+    (run / "model.safetensors").write_text("the end")
+    (run / "config.json").write_text("{}")
+    folder = study.as_it_was(run, 2, tmp_path / "pretrained-epoch-4")
+    assert (folder / "model.safetensors").read_text() == "after 20"
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_equal_time_follows_the_steps_of_the_logs(args, monkeypatch):
+    seconds = {"DINO + MIM": 0.6, "DINO alone": 0.6, "MIM alone": 0.3}
+    monkeypatch.setattr(study, "step_seconds", lambda args, model: seconds[model.label])
+    models = {model.label: model.settings for model in study.models_of(args, "objective")}
+    assert models["MIM alone, equal time"]["epochs"] == 4 and "DINO alone, equal time" not in models
+
+
 def test_a_run_is_not_repeated_and_never_mixed_with_another(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(study.subprocess, "run", lambda command, **kwargs: calls.append(command))
@@ -136,13 +163,24 @@ def test_end_to_end(args):
     flags = [
         f"--{name}={getattr(args, name)}" for name in ("data", "output_dir", "pretrain_config", "finetune_config")
     ]
-    command = [sys.executable, EXAMPLES / "study.py", *flags, "--seeds", "0", "--parts", *study.PARTS]
+    command = [
+        sys.executable,
+        EXAMPLES / "study.py",
+        *flags,
+        "--seeds",
+        "0",
+        "--parts",
+        *study.PARTS[:-1],
+        "--check_data",
+        args.data,
+    ]
     command += ["--pretrain_epochs", "1", "--epochs", "1", "2", "--shares", "0.3", "1"]
     first = subprocess.run(command, capture_output=True, text=True)
     assert first.returncode == 0, first.stderr[-2000:]
     report = (Path(args.output_dir) / "study.md").read_text()
-    assert all(f"## {part}" in report for part in study.PARTS) and "mAP, shifted 20%" in report
-    assert len(list((Path(args.output_dir) / "plots").iterdir())) == len(study.PARTS)
+    assert all(f"## {part}" in report for part in study.PARTS[:-1]) and "mAP, shifted 20%" in report
+    assert "mAP, check data" in report and "| 30% by CFS | fine-tuned |" in report
+    assert len(list((Path(args.output_dir) / "plots").iterdir())) == len(study.PARTS) - 1
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 0 and "pretrain.py ->" not in again.stdout
     assert (Path(args.output_dir) / "study.md").read_text() == report
