@@ -120,6 +120,16 @@ def test_parts_of_other_patches_or_too_many():
         draw_parts(patches(), np.full((2, 4, 2), 16))
 
 
+def test_images_may_be_named():
+    shown = patches()
+    assert [axis.get_ylabel() for axis in draw_attention(shown, False, ["one", "two"]).axes[::2]] == ["one", "two"]
+    figure = draw_parts(shown, np.zeros((2, 4, 2), int), ["one", "two"])
+    assert [axis.get_title() for axis in figure.axes[:2]] == ["one", "two"]
+    for draw in (lambda: draw_attention(shown, names=["one"]), lambda: draw_parts(shown, np.zeros((2, 4, 2)), ["a"])):
+        with pytest.raises(ValueError, match="1 for 2 images"):
+            draw()
+
+
 def test_attention_has_a_panel_for_the_mean_and_each_head():
     shown = patches()
     axes = draw_attention(shown).axes

@@ -168,7 +168,7 @@ class PersonFinder:
             return ""
         first, second = patches.embeddings
         share = np.mean(index.embeddings @ first < second @ first)
-        return f"<p>More similar to the first picture than {share:.0%} of {html.escape(name)}.</p>"
+        return f"<p>More similar to the first picture than {share:.0%} of the gallery {html.escape(name)}.</p>"
 
     def _model(self, name: Any) -> _Model:
         if not isinstance(name, str) or name not in self.models:

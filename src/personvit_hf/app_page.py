@@ -84,7 +84,8 @@ STYLE = """
 .pv-drop input { position: absolute; opacity: 0; width: 1px; height: 1px; }
 .pv-drop img { max-height: 12rem; max-width: 100%; margin: 0; }
 .pv-examples { display: flex; flex-wrap: wrap; gap: .3rem; margin-top: .5rem; }
-.pv-examples button { padding: 0; border: 1px solid var(--border-color-primary); line-height: 0; cursor: pointer; }
+.pv-examples button { padding: 0; margin: 0 !important; border: 1px solid var(--border-color-primary); line-height: 0;
+  cursor: pointer; }
 .pv-examples img { height: 4.5rem; width: auto; margin: 0; }
 .pv-problem { color: #b3261e; margin: .5rem 0 0; overflow-wrap: anywhere; }
 .dark .pv-problem { color: #ff8a80; }
