@@ -120,7 +120,7 @@ def test_a_visit(browser, app, tmp_path):
     Image.new("RGB", (60, 120), (90, 20, 200)).save(picture)
     choose(browser, "query", picture)
     found = new_results(browser, start)
-    assert found.count("<figure>") == 10 and re.search(r"person -?\d+, camera \d", found)
+    assert found.count("<figure>") == 10 and re.search(r"person -?\d+<br>camera \d", found)
     WebDriverWait(browser, 60).until(lambda _: len(browser.find_elements(By.CSS_SELECTOR, "#explanations img")) == 3)
     # nothing sticks out of the page, and every picture shows
     assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")

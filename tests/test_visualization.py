@@ -166,7 +166,7 @@ def test_occlusion_tells_what_is_hidden_and_what_is_left():
     axes = draw_occlusion(shown, [0, 0.25, 0.5]).axes
     assert [axis.get_title() for axis in axes[:3]] == ["0% hidden", "25% hidden", "50% hidden"]
     # rows (2, 0, 0), (1, 1, 0), (1, 0, 1) of length 1
-    assert [axis.get_title() for axis in axes[3:]] == ["cosine 1.00", "cosine 0.71", "cosine 0.71"]
+    assert [axis.get_title() for axis in axes[3:]] == ["cosine\n1.00", "cosine\n0.71", "cosine\n0.71"]
     for index in range(3):
         np.testing.assert_allclose(map_of(axes[3 + index]), shown.attention[index].mean(axis=0))
     with pytest.raises(ValueError, match="2 for 3 images"):

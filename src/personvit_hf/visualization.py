@@ -226,7 +226,7 @@ def draw_occlusion(patches: PatchTokens, shares: Sequence[float]) -> Figure:
         _picture(axes[0, column], image)
         axes[0, column].set_title(f"{100 * share:.0f}% hidden")
         _heat(axes[1, column], patches, image, patches.attention[column].mean(axis=0))
-        axes[1, column].set_title(f"cosine {similarity[column]:.{decimals}f}")
+        axes[1, column].set_title(f"cosine\n{similarity[column]:.{decimals}f}")
     return figure
 
 
