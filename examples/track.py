@@ -32,7 +32,7 @@ class TrackArguments:
     video: str = option("", "Video of your own, in place of the made one.")
     num_frames: int = option(300, "Frames.")
     num_people: int = option(10, "People in the made video.")
-    seeds: int = option(3, "Made videos.")
+    seeds: int = option(10, "Made videos.")
 
 
 def histogram(crops):
@@ -131,6 +131,8 @@ def overlap_distances(truth, boxes):
 
 def main() -> None:
     args = parse_arguments(TrackArguments)
+    if args.seeds < 2:
+        raise ValueError(f"--seeds must be at least 2, for their spread; got {args.seeds}.")
     dataset = load_reid_dataset(args.data)
     train, people = PersonImages(dataset["train"]), np.array(dataset["train"]["person_id"])
     train = [train[i] for i in range(len(train))]
@@ -151,6 +153,7 @@ def main() -> None:
     gallery, names = PersonImages(dataset["gallery"]), np.array(dataset["gallery"]["person_id"])
     pictures = [gallery[i] for i in range(len(gallery))]
     print(f"{'':<20} {'IDF1':>12} {'switches':>12} {'MOTA':>12}   mean and deviation of {args.seeds} videos")
+    found = {}
     for name, setting in settings.items():
         rows = []
         for seed in range(args.seeds):
@@ -158,11 +161,18 @@ def main() -> None:
             for ids, truth, tracks, boxes in track(made_video(pictures, names, args, seed), *setting):
                 scores.update(ids, tracks, overlap_distances(truth, boxes))
             figures = motmetrics.metrics.create().compute(scores, metrics=["idf1", "num_switches", "mota"])
-            rows.append(figures.iloc[0].to_numpy(float))
-        means, spreads = np.mean(rows, axis=0), np.std(rows, axis=0)
-        cells = [f"{100 * m:.1f} ± {100 * s:.1f}" for m, s in zip(means, spreads, strict=True)]
-        cells[1] = f"{means[1]:.0f} ± {spreads[1]:.0f}"
-        print(f"{name:<20} {cells[0]:>12} {cells[1]:>12} {cells[2]:>12}")
+            rows.append(figures.iloc[0].to_numpy(float) * (100, 1, 100))
+        found[name] = np.array(rows)
+        print(row(name, found[name].mean(axis=0), found[name].std(axis=0, ddof=1)))
+    # of the same videos: how hard one is, both share
+    gain = found["this model"] - found["colour histogram"]
+    print(row("model - histogram", gain.mean(axis=0), gain.std(axis=0, ddof=1) / args.seeds**0.5), "  standard error")
+
+
+def row(name, means, spreads):
+    """A line of the table."""
+    cells = [f"{mean:.1f} ± {spread:.1f}" for mean, spread in zip(means, spreads, strict=True)]
+    return f"{name:<20} {cells[0]:>12} {cells[1]:>12} {cells[2]:>12}"
 
 
 if __name__ == "__main__":

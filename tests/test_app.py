@@ -104,6 +104,15 @@ def test_two_pictures_are_compared(server):
     assert kind == "complete" and "similarity 1.00000" in same and same.count("<img") == 3
     _, (other,) = call(server, "compare", colour(0), colour(11), "one")
     assert float(re.search(r"similarity (-?[\d.]+)", other)[1]) < 1
+    # one of the gallery's twelve is the first itself, and few are further from it than the last
+    share = lambda page: int(re.search(r"first picture than (\d+)% of the gallery colours", page)[1])  # noqa: E731
+    assert share(same) in (92, 100) and share(other) <= 17
+
+
+def test_a_gallery_of_another_model_places_no_pair(finder):
+    embedded = PersonFinder({"two": finder.models["two"].path}, {"embedded": finder.galleries["embedded"]})
+    page = embedded.compare(colour(0), colour(11), "two")
+    assert "similarity" in page and "of the gallery" not in page
 
 
 def test_a_script_may_use_gradios_client(server):
@@ -212,7 +221,14 @@ def test_nothing_that_was_sent_lies_on_the_disk(server):
 def test_pictures_to_try_come_from_a_labelled_gallery(finder):
     assert finder.examples() == []
     shown = PersonFinder({"m": finder.models["one"].path}, {"demo": DATA}).examples()
-    assert len(shown) == 6 and all(picture.dtype == np.uint8 for picture in shown)
+    assert len(shown) == 6 and all(picture.dtype == np.uint8 for picture, _ in shown)
+    assert all(re.fullmatch(r"person \d+, camera \d+", name) for _, name in shown)
+
+
+def test_the_ranking_comes_before_the_drawings(finder):
+    first, last = finder.search(colour(4), "one", "colours", 5)
+    assert first[0] == last[0] and first[0].count("<figure>") == 5
+    assert "<img" not in first[1] and last[1].count("<img") == 3
 
 
 def test_names_of_sources():

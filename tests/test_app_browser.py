@@ -120,7 +120,7 @@ def test_a_visit(browser, app, tmp_path):
     Image.new("RGB", (60, 120), (90, 20, 200)).save(picture)
     choose(browser, "query", picture)
     found = new_results(browser, start)
-    assert found.count("<figure>") == 10 and re.search(r"person -?\d+, camera \d", found)
+    assert found.count("<figure>") == 10 and re.search(r"person -?\d+<br>camera \d", found)
     WebDriverWait(browser, 60).until(lambda _: len(browser.find_elements(By.CSS_SELECTOR, "#explanations img")) == 3)
     # nothing sticks out of the page, and every picture shows
     assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
@@ -134,12 +134,20 @@ def test_a_visit(browser, app, tmp_path):
     switched = new_results(browser, found)
     assert switched.count("<figure>") == 10
 
-    bad = tmp_path / "bad.jpg"
+    # what the browser can't show is not sent, and its name is no markup; what stood there stays
+    bad = tmp_path / "<img src=x onerror=alert(1)>.jpg"
     bad.write_bytes(b"not a picture at all")
     choose(browser, "query", bad)
+    problem = lambda _: f"{bad.name} is not an image" in browser.find_element(By.ID, "query").text  # noqa: E731
+    WebDriverWait(browser, 30).until(problem)
+    assert results(browser) == switched
+    screenshot(browser, "bad-file")
+
+    gif = tmp_path / "moving.gif"  # what the browser alone can read
+    Image.new("RGB", (60, 120)).save(gif)
+    choose(browser, "query", gif)
     told = new_results(browser, switched)
     assert "not an image" in told and "<figure>" not in told
-    screenshot(browser, "bad-file")
 
     large = tmp_path / "large.jpg"
     large.write_bytes(bytes(9 * 2**20))

@@ -79,6 +79,7 @@ def test_pictures_that_are_too_large(monkeypatch):
 def test_names_and_problems_are_text_and_not_markup():
     for markup in (results_html([("data:,", 0.5, "<script>a</script>")]), problem_html("<script>a</script>")):
         assert "<script>" not in markup and "&lt;script&gt;" in markup
+    assert "person 1<br>camera 2" in results_html([("data:,", 0.5, "person 1\ncamera 2")])
 
 
 @pytest.mark.parametrize(

@@ -38,5 +38,7 @@ def test_as_a_user_runs_it(tmp_path):
     process = subprocess.run(command, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     rows = process.stdout.splitlines()
-    assert rows[0].split()[:3] == ["IDF1", "switches", "MOTA"] and len(rows) == 4
+    assert rows[0].split()[:3] == ["IDF1", "switches", "MOTA"] and len(rows) == 5
+    means = [float(line[20:].split()[0]) for line in rows[1:]]
+    assert means[3] == pytest.approx(means[2] - means[1], abs=0.11)  # the difference of what stands above it
     assert all(" ± " in row for row in rows[1:])

@@ -120,6 +120,16 @@ def test_parts_of_other_patches_or_too_many():
         draw_parts(patches(), np.full((2, 4, 2), 16))
 
 
+def test_images_may_be_named():
+    shown = patches()
+    assert [axis.get_ylabel() for axis in draw_attention(shown, False, ["one", "two"]).axes[::2]] == ["one", "two"]
+    figure = draw_parts(shown, np.zeros((2, 4, 2), int), ["one", "two"])
+    assert [axis.get_title() for axis in figure.axes[:2]] == ["one", "two"]
+    for draw in (lambda: draw_attention(shown, names=["one"]), lambda: draw_parts(shown, np.zeros((2, 4, 2)), ["a"])):
+        with pytest.raises(ValueError, match="1 for 2 images"):
+            draw()
+
+
 def test_attention_has_a_panel_for_the_mean_and_each_head():
     shown = patches()
     axes = draw_attention(shown).axes
@@ -156,7 +166,7 @@ def test_occlusion_tells_what_is_hidden_and_what_is_left():
     axes = draw_occlusion(shown, [0, 0.25, 0.5]).axes
     assert [axis.get_title() for axis in axes[:3]] == ["0% hidden", "25% hidden", "50% hidden"]
     # rows (2, 0, 0), (1, 1, 0), (1, 0, 1) of length 1
-    assert [axis.get_title() for axis in axes[3:]] == ["cosine 1.00", "cosine 0.71", "cosine 0.71"]
+    assert [axis.get_title() for axis in axes[3:]] == ["cosine\n1.00", "cosine\n0.71", "cosine\n0.71"]
     for index in range(3):
         np.testing.assert_allclose(map_of(axes[3 + index]), shown.attention[index].mean(axis=0))
     with pytest.raises(ValueError, match="2 for 3 images"):

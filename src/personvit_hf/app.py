@@ -5,10 +5,11 @@ Requests name models and galleries by the names they were given at the start, ne
 
 from __future__ import annotations
 
+import html
 import io
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from threading import Lock
@@ -40,7 +41,8 @@ from .search import ExactIndex, load_gallery_images
 from .visualization import draw_attention, draw_correspondences, draw_parts
 
 MAX_TOP = 50
-_NUM_EXAMPLES, _NUM_EXPLAINED, _NUM_PARTS, _MOST_HEADS, _DPI = 6, 3, 5, 4, 110
+_NUM_EXAMPLES, _NUM_EXPLAINED, _NUM_PARTS, _MOST_HEADS, _DPI = 6, 3, 6, 4, 150
+_PATCHES_HEIGHT = 256  # smaller models are shown larger pictures: four columns of patches tell little
 
 
 class _Model:
@@ -55,8 +57,12 @@ class _Model:
         return load_embedding_model(self.path), AutoImageProcessor.from_pretrained(self.path)
 
     def patches(self, images: list[np.ndarray]) -> PatchTokens:
-        """Runs whole pictures of any size."""
-        return patch_tokens(*self.loaded, images)
+        """Patches of pictures of any size, finer than in a search if that is coarse; the features are a search's."""
+        model, processor = self.loaded
+        height, width = processor.size["height"], processor.size["width"]
+        scale = max(1, round(_PATCHES_HEIGHT / height))
+        patches = patch_tokens(model, processor, images, image_size=(scale * height, scale * width))
+        return replace(patches, embeddings=embed_images(model, processor, images))
 
 
 @dataclass(frozen=True)
@@ -95,18 +101,19 @@ class PersonFinder:
         self.lock = Lock()
         self.gallery = cache(self._gallery)
 
-    def examples(self) -> list[np.ndarray]:
-        """Pictures to try: queries of the first labelled gallery, evenly; none if there is no labelled one."""
+    def examples(self) -> list[tuple[np.ndarray, str]]:
+        """Pictures to try, and who they show: queries of the first labelled gallery, evenly; none without labels."""
         for source in self.galleries.values():
             if not _is_embedded(source) and (queries := _labelled(source, "query")) is not None:
                 pictures = PersonImages(queries)
                 chosen = np.linspace(0, len(pictures) - 1, min(_NUM_EXAMPLES, len(pictures))).round().astype(int)
-                found = [pictures[i] for i in chosen]
-                return [picture for picture in found if not isinstance(picture, BrokenImage)]
+                columns = _columns(queries)
+                found = [(pictures[i], _caption(columns, i, ", ")) for i in chosen]
+                return [(picture, name) for picture, name in found if not isinstance(picture, BrokenImage)]
         return []
 
-    def search(self, picture: Any, model: Any, gallery: Any, top: Any) -> tuple[str, str]:
-        """The ranked gallery and the explanations, as HTML; or what is wrong with the request.
+    def search(self, picture: Any, model: Any, gallery: Any, top: Any) -> Iterator[tuple[str, str]]:
+        """Yields the ranked gallery, then the same and the explanations, as HTML; or what is wrong with the request.
 
         Args:
             picture: Data URL of an image file.
@@ -123,9 +130,16 @@ class PersonFinder:
                     raise RequestError(f"Show from 1 to {MAX_TOP} pictures.")
                 query = read_picture(picture)
                 searched = self.gallery(model, gallery)
-                return self._search(chosen, searched, query, int(top))
+                shown = self._search(chosen, searched, query, int(top))
         except RequestError as error:
-            return problem_html(str(error)), ""
+            yield problem_html(str(error)), ""
+            return
+        ranked = results_html((thumbnail(picture), similarity, name) for picture, similarity, name in shown)
+        yield ranked, "Drawing what the model sees …"
+        nearest = [picture for picture, _, _ in shown[:_NUM_EXPLAINED]]
+        names = ["query", *(f"rank {rank}" for rank in range(1, len(nearest) + 1))]
+        with self.lock:
+            yield ranked, drawings_html(_drawings(chosen.patches([query, *nearest]), names))
 
     def compare(self, first: Any, second: Any, model: Any) -> str:
         """How alike two pictures are and which of their patches match, as HTML; or what is wrong.
@@ -138,31 +152,38 @@ class PersonFinder:
         try:
             with self.lock:
                 chosen = self._model(model)
-                images = [read_picture(first), read_picture(second)]
-                patches = chosen.patches(images)
+                patches = chosen.patches([read_picture(first), read_picture(second)])
                 similarity = float(patches.embeddings[0] @ patches.embeddings[1])
                 title = f"<h3>Cosine similarity {similarity:.5f}</h3>"
-                return title + drawings_html(_drawings(patches))
+                return title + self._standing(model, patches) + drawings_html(_drawings(patches, ["first", "second"]))
         except RequestError as error:
             return problem_html(str(error))
+
+    def _standing(self, model: str, patches: PatchTokens) -> str:
+        """How the second picture would rank for the first: cosines of fine-tuned features can all lie near 1."""
+        name = next(iter(self.galleries))
+        try:
+            index = self.gallery(model, name).index
+        except RequestError:  # embedded by another model
+            return ""
+        first, second = patches.embeddings
+        share = np.mean(index.embeddings @ first < second @ first)
+        return f"<p>More similar to the first picture than {share:.0%} of the gallery {html.escape(name)}.</p>"
 
     def _model(self, name: Any) -> _Model:
         if not isinstance(name, str) or name not in self.models:
             raise RequestError("There is no such model.")
         return self.models[name]
 
-    def _search(self, model: _Model, gallery: _Gallery, query: np.ndarray, top: int) -> tuple[str, str]:
-        vector = embed_images(*model.loaded, [query])
-        indices, similarities = gallery.index.search(vector, top)
+    def _search(self, model: _Model, gallery: _Gallery, query: np.ndarray, top: int) -> list[tuple]:
+        """(picture, cosine similarity, name), the most similar first."""
+        indices, similarities = gallery.index.search(embed_images(*model.loaded, [query]), top)
         shown = [
             (gallery.pictures[int(gallery.rows[i])], float(similarity), gallery.names[i])
             for i, similarity in zip(indices[0], similarities[0], strict=True)
             if i >= 0
         ]
-        shown = [row for row in shown if not isinstance(row[0], BrokenImage)]
-        ranked = results_html((thumbnail(picture), similarity, name) for picture, similarity, name in shown)
-        nearest = [picture for picture, _, _ in shown[:_NUM_EXPLAINED]]
-        return ranked, drawings_html(_drawings(model.patches([query, *nearest])))
+        return [row for row in shown if not isinstance(row[0], BrokenImage)]
 
     def _gallery(self, model: str, gallery: str) -> _Gallery:
         source = self.galleries[gallery]
@@ -181,7 +202,7 @@ class PersonFinder:
             pictures = load_gallery_images(source, None)
         embeddings = embed_images(network, processor, pictures, max_broken_share=1.0)
         rows = np.flatnonzero(~np.isnan(embeddings[:, 0]))
-        columns = {name: np.array(pictures[name]) for name in ID_COLUMNS if name in pictures.column_names}
+        columns = _columns(pictures)
         names = [_caption(columns, i) or f"picture {i}" for i in rows]
         return _Gallery(PersonImages(pictures), rows, names, ExactIndex(embeddings[rows], {}))
 
@@ -206,7 +227,7 @@ def named_sources(texts: list[str]) -> dict[str, str]:
 def build_app(finder: PersonFinder) -> Any:
     """The page, a `gradio.Blocks`; `launch_app` serves it."""
     gr = _gradio()
-    examples = [thumbnail(image) for image in finder.examples()]
+    examples = [{"address": thumbnail(image), "name": name} for image, name in finder.examples()]
     models, galleries = list(finder.models), list(finder.galleries)
 
     def picker(label: str, name: str) -> Any:
@@ -219,7 +240,12 @@ def build_app(finder: PersonFinder) -> Any:
             examples=examples,
             megabytes=MAX_UPLOAD_BYTES // 2**20,
             problem="",
+            name="",
         )
+
+    def choice(names: list[str], label: str, name: str) -> Any:
+        several = len(names) > 1
+        return gr.Dropdown(names, value=names[0], label=label, visible=several, min_width=120, elem_id=name)
 
     with gr.Blocks(title="PersonViT", analytics_enabled=False) as blocks:
         gr.Markdown(
@@ -229,25 +255,26 @@ def build_app(finder: PersonFinder) -> Any:
         with gr.Tab("Search"), gr.Row():
             with gr.Column(scale=1, min_width=280):
                 query = picker("A picture of a person", "query")
-                model = gr.Dropdown(models, value=models[0], label="Model", elem_id="model")
-                gallery = gr.Dropdown(galleries, value=galleries[0], label="Gallery", elem_id="gallery")
+                with gr.Row():
+                    model = choice(models, "Model", "model")
+                    gallery = choice(galleries, "Gallery", "gallery")
                 top = gr.Slider(1, MAX_TOP, value=10, step=1, label="Pictures to show")
             with gr.Column(scale=3, min_width=280):
                 results = gr.HTML("Choose a picture.", elem_id="results")
-                with gr.Accordion("What the model sees", open=True):
-                    explanations = gr.HTML(elem_id="explanations")
+                explanations = gr.HTML(elem_id="explanations")
         with gr.Tab("Compare two"):
             with gr.Row():
                 with gr.Column(min_width=280):
                     first = picker("The first picture", "first")
                 with gr.Column(min_width=280):
                     second = picker("The second picture", "second")
-            compared_by = gr.Dropdown(models, value=models[0], label="Model")
+            compared_by = choice(models, "Model", "compared_by")
             comparison = gr.HTML("Choose two pictures.", elem_id="comparison")
-        limits = {"concurrency_limit": 1, "concurrency_id": "model"}
+        # a choice made while the last one is being answered counts, too
+        limits = {"concurrency_limit": 1, "concurrency_id": "model", "trigger_mode": "always_last"}
 
         def search(picture, model, gallery, top):  # nothing chosen yet is no mistake
-            return finder.search(picture, model, gallery, top) if picture else ("Choose a picture.", "")
+            yield from finder.search(picture, model, gallery, top) if picture else [("Choose a picture.", "")]
 
         def compare(first, second, model):
             return finder.compare(first, second, model) if first and second else "Choose two pictures."
@@ -297,22 +324,24 @@ def launch_app(finder: PersonFinder, host: str = "127.0.0.1", port: int | None =
     return blocks
 
 
-def _drawings(patches: PatchTokens) -> list[tuple[str, bytes]]:
-    """Attention and parts of all pictures, and the matches of the first two."""
+def _drawings(patches: PatchTokens, names: list[str]) -> list[tuple[str, bytes]]:
+    """Attention and parts of all pictures, and the matches of the first two; as JPEG files under captions."""
     heads = patches.attention.shape[1] <= _MOST_HEADS
-    drawings = [("Where the model looks (attention of [CLS])", draw_attention(patches, heads))]
+    caption = "Attention of [CLS]" + (", mean and each head" if heads else "") + " (×: peak against an even spread)"
+    drawings = [(caption, draw_attention(patches, heads, names))]
     points = len(np.unique(patches.tokens.reshape(-1, patches.tokens.shape[-1]), axis=0))
     if points >= 2:
         parts = cluster_parts(patches.tokens, min(_NUM_PARTS, points))
-        drawings.append(("Patches that belong together, as groups", draw_parts(patches, parts)))
+        drawings.append(("Patches of similar features, clustered", draw_parts(patches, parts, names)))
     if len(patches.images) > 1:
         first, second = patches.only(0), patches.only(1)
         matches = match_patches(first.tokens[0], second.tokens[0])
-        drawings.append(("Patches that match", draw_correspondences(first, second, matches)))
+        caption = f"Patches that are each other's most similar: {names[0]} and {names[1]}"
+        drawings.append((caption, draw_correspondences(first, second, matches)))
     contents = []
     for caption, figure in drawings:
         file = io.BytesIO()
-        figure.savefig(file, format="png", dpi=_DPI)
+        figure.savefig(file, format="jpeg", dpi=_DPI, pil_kwargs={"quality": 90})
         contents.append((caption, file.getvalue()))
     return contents
 
@@ -329,9 +358,13 @@ def _labelled(source: str, split: str) -> datasets.Dataset | None:
         return None
 
 
-def _caption(columns: Mapping[str, np.ndarray], row: int) -> str:
+def _columns(pictures: datasets.Dataset) -> dict[str, np.ndarray]:
+    return {name: np.array(pictures[name]) for name in ID_COLUMNS if name in pictures.column_names}
+
+
+def _caption(columns: Mapping[str, np.ndarray], row: int, separator: str = "\n") -> str:
     """Who it is and where, as far as it is known."""
-    return ", ".join(f"{name.removesuffix('_id')} {values[row]}" for name, values in columns.items())
+    return separator.join(f"{name.removesuffix('_id')} {values[row]}" for name, values in columns.items())
 
 
 def _gradio() -> Any:

@@ -36,12 +36,13 @@ PICKER_TEMPLATE = """
 <label class="pv-drop">
   <input type="file" accept="image/jpeg,image/png,image/webp,image/bmp" aria-label="${label}">
   ${value ? `<img src="${value}" alt="the chosen picture">` : ""}
+  <b>${name}</b>
   <span>${value ? "Another picture" : label}: drop it here, or tap to choose. At most ${megabytes} MB.</span>
 </label>
 <p class="pv-problem" role="alert">${problem}</p>
 <div class="pv-examples">
 {{#each examples}}
-<button type="button" title="demo picture"><img src="{{this}}" alt="demo picture {{@index}}"></button>
+<button type="button" title="{{this.name}}"><img src="{{this.address}}" alt="demo picture: {{this.name}}"></button>
 {{/each}}
 </div>
 """
@@ -49,17 +50,22 @@ PICKER_TEMPLATE = """
 PICKER_SCRIPT = """
 function take(file) {
   if (!file) return;
+  const name = file.name.replace(/[&<>"]/g, sign => `&#${sign.charCodeAt()};`);  // the template doesn't escape
   if (file.size > props.megabytes * 1048576) {
-    props.problem = `${file.name} has more than ${props.megabytes} MB.`;
+    props.problem = `${name} has more than ${props.megabytes} MB.`;
     return;
   }
-  const reader = new FileReader();
-  reader.onload = () => {
-    props.problem = "";
-    props.value = reader.result.replace(/^data:[^,]*,/, "data:image/any;base64,");
-    trigger("upload");
-  };
+  const reader = new FileReader(), shown = new Image();
+  reader.onload = () => shown.src = reader.result.replace(/^data:[^,]*,/, "data:image/any;base64,");
+  shown.onload = () => choose(shown.src, name);
+  shown.onerror = () => props.problem = `${name} is not an image that is read here (JPEG, PNG, WebP, BMP).`;
   reader.readAsDataURL(file);
+}
+function choose(address, name) {
+  props.problem = "";
+  props.name = name;
+  props.value = address;
+  trigger("upload");
 }
 element.addEventListener("change", event => { if (event.target.type === "file") take(event.target.files[0]); });
 element.addEventListener("dragover", event => event.preventDefault());
@@ -67,9 +73,7 @@ element.addEventListener("drop", event => { event.preventDefault(); take(event.d
 element.addEventListener("click", event => {
   const button = event.target.closest(".pv-examples button");
   if (!button) return;
-  props.problem = "";
-  props.value = button.querySelector("img").src;
-  trigger("upload");
+  choose(button.querySelector("img").src, button.title);
 });
 """
 
@@ -78,18 +82,27 @@ STYLE = """
   border: 2px dashed var(--border-color-primary); border-radius: .5rem; text-align: center; }
 .pv-drop:focus-within, .pv-drop:hover { border-color: var(--color-accent); }
 .pv-drop input { position: absolute; opacity: 0; width: 1px; height: 1px; }
-.pv-drop img { max-height: 12rem; max-width: 100%; }
+.pv-drop img { max-height: 12rem; max-width: 100%; margin: 0; }
 .pv-examples { display: flex; flex-wrap: wrap; gap: .3rem; margin-top: .5rem; }
-.pv-examples button { padding: 0; border: 1px solid var(--border-color-primary); line-height: 0; cursor: pointer; }
-.pv-examples img { height: 4.5rem; width: 2.25rem; object-fit: cover; }
+.pv-examples button { padding: 0; margin: 0 !important; border: 1px solid var(--border-color-primary); line-height: 0;
+  cursor: pointer; }
+.pv-examples img { height: 4.5rem; width: auto; margin: 0; }
 .pv-problem { color: #b3261e; margin: .5rem 0 0; overflow-wrap: anywhere; }
-.pv-grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.5rem, 1fr)); gap: .6rem; }
+.dark .pv-problem { color: #ff8a80; }
+.pv-grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(5.5rem, 1fr)); gap: .6rem; }
 .pv-grid figure { margin: 0; font-size: .8rem; overflow-wrap: anywhere; }
-.pv-grid img { width: 100%; height: 11rem; object-fit: contain; background: var(--background-fill-secondary); }
-.pv-drawings { display: flex; flex-wrap: wrap; gap: 1rem 2rem; }
-.pv-drawn { margin: 0; max-width: 100%; }
-.pv-drawn img { max-width: 100%; background: white; padding: .3rem; }
+.pv-grid img { width: 100%; aspect-ratio: 1 / 2; object-fit: contain; background: var(--background-fill-secondary);
+  margin: 0; }
+.pv-drawings { columns: 22rem auto; column-gap: 2rem; }
+.pv-drawn { margin: 0 0 1rem; break-inside: avoid; }
+.pv-drawn img { width: auto; max-width: 100%; max-height: 40rem; background: white; padding: .3rem; margin: 0; }
 .pv-drawn figcaption { font-size: .9rem; margin-bottom: .3rem; }
+@media (max-width: 640px) {
+  .gradio-container main { padding-left: .5rem !important; padding-right: .5rem !important; }
+  .pv-drop { padding: .5rem; }
+  .pv-drop img { max-height: 8rem; }
+  .pv-drawings { columns: 1; }
+}
 footer { display: none !important; }
 """
 
@@ -119,7 +132,7 @@ def read_picture(text: Any) -> np.ndarray:
     except (binascii.Error, ValueError):
         raise RequestError("The picture arrived damaged; send it again.") from None
     try:
-        return decode_image(content, "the picture", MAX_UPLOAD_PIXELS)
+        return decode_image(content, "The picture", MAX_UPLOAD_PIXELS)
     except ValueError as error:
         raise RequestError(str(error)) from error
 
@@ -139,23 +152,23 @@ def thumbnail(image: np.ndarray, height: int = 256) -> str:
 
 
 def results_html(rows: Iterable[tuple[str, float, str]]) -> str:
-    """The ranked gallery: (address of the picture, cosine similarity, name) from the most similar on."""
+    """The ranked gallery: (address of the picture, cosine similarity, lines of its name), the most similar first."""
     figures = "".join(
         f'<figure><img src="{address}" alt="rank {rank}"><figcaption><b>{rank}</b> · {similarity:.5f}<br>'
-        f"{html.escape(name)}</figcaption></figure>"
+        f"{html.escape(name).replace(chr(10), '<br>')}</figcaption></figure>"
         for rank, (address, similarity, name) in enumerate(rows, start=1)
     )
-    return f'<div class="pv-grid">{figures}</div>'
+    return f'<p>Most similar first; the number is the cosine similarity.</p><div class="pv-grid">{figures}</div>'
 
 
 def drawings_html(drawings: Iterable[tuple[str, bytes]]) -> str:
-    """Figures under their captions: (caption, content of a PNG file)."""
+    """Figures under their captions: (caption, content of a JPEG file)."""
     figures = "".join(
         f'<figure class="pv-drawn"><figcaption>{html.escape(caption)}</figcaption>'
-        f'<img src="{data_url(content, "png")}" alt="{html.escape(caption)}"></figure>'
+        f'<img src="{data_url(content, "jpeg")}" alt="{html.escape(caption)}"></figure>'
         for caption, content in drawings
     )
-    return f'<div class="pv-drawings">{figures}</div>'
+    return f'<h3>What the model sees</h3><div class="pv-drawings">{figures}</div>'
 
 
 def problem_html(problem: str) -> str:

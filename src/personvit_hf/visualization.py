@@ -95,29 +95,32 @@ def draw_rankings(
 
 
 @_small_print
-def draw_parts(patches: PatchTokens, parts: np.ndarray) -> Figure:
+def draw_parts(patches: PatchTokens, parts: np.ndarray, names: Sequence[str] | None = None) -> Figure:
     """Under each image the groups that its patches belong to (PersonViT, fig. 4): one colour means one group in all.
 
     Args:
         patches: The images.
         parts: int (images, rows, columns), groups from 0, as `cluster_parts` finds them.
+        names: What to write above each image, if anything.
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: The shapes don't belong together, or there are more groups than colours (16).
+        ValueError: Shapes or names don't belong together, or there are more groups than colours (16).
     """
     if parts.shape != patches.tokens.shape[:3]:
         raise ValueError(f"`parts` must be (images, rows, columns) {patches.tokens.shape[:3]}, got {parts.shape}.")
     num_parts = int(parts.max()) + 1
     if num_parts > len(_COLORS):
         raise ValueError(f"`parts` must have at most {len(_COLORS)} groups to be told apart, got {num_parts}.")
+    names = _names(names, len(parts))
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
-    figure = _figure(max(3.0, 0.6 * len(parts) + 0.5), 2.4)
+    figure = _figure(max(2.2, 0.6 * len(parts) + 0.5), 2.4)
     axes = figure.subplots(2, len(parts), squeeze=False)
     for column, (image, groups) in enumerate(zip(patches.images, parts, strict=True)):
         _picture(axes[0, column], image)
+        axes[0, column].set_title(names[column])
         _picture(axes[1, column], image, gray=True)
         colors = ListedColormap(_COLORS[:num_parts])
         limits = {"vmin": -0.5, "vmax": num_parts - 0.5}
@@ -128,7 +131,7 @@ def draw_parts(patches: PatchTokens, parts: np.ndarray) -> Figure:
 
 
 @_small_print
-def draw_attention(patches: PatchTokens, heads: bool = True) -> Figure:
+def draw_attention(patches: PatchTokens, heads: bool = True, names: Sequence[str] | None = None) -> Figure:
     """What [CLS] looks at (PersonViT, fig. 5): a row for each image, a column for the mean and for each head.
 
     Each map has its own scale, from nothing to its largest value, which stands above it as a multiple of what every
@@ -137,17 +140,21 @@ def draw_attention(patches: PatchTokens, heads: bool = True) -> Figure:
     Args:
         patches: Images and attention.
         heads: Whether to draw the heads, too.
+        names: What to write beside each image, if anything.
 
     Raises:
         ImportError: matplotlib is not installed.
+        ValueError: There is not one name an image.
     """
+    labels = _names(names, len(patches.images))
     num_heads = patches.attention.shape[1] if heads else 0
     figure = _figure(max(2.0, 0.75 * (2 + num_heads)), 1.5 * len(patches.images) + 0.2)
     axes = figure.subplots(len(patches.images), 2 + num_heads, squeeze=False)
     for row, (image, attention) in enumerate(zip(patches.images, patches.attention, strict=True)):
         _picture(axes[row, 0], image)
-        names = ["mean", *(f"head {head + 1}" for head in range(num_heads))]
-        for axis, name, values in zip(axes[row, 1:], names, [attention.mean(axis=0), *attention], strict=False):
+        axes[row, 0].set_ylabel(labels[row])
+        maps = ["mean", *(f"head {head + 1}" for head in range(num_heads))]
+        for axis, name, values in zip(axes[row, 1:], maps, [attention.mean(axis=0), *attention], strict=False):
             _heat(axis, patches, image, values)
             peak = values.max() * values.size
             axis.set_title(f"{name}\n{peak:.1f}×" if row == 0 else f"{peak:.1f}×")
@@ -219,7 +226,7 @@ def draw_occlusion(patches: PatchTokens, shares: Sequence[float]) -> Figure:
         _picture(axes[0, column], image)
         axes[0, column].set_title(f"{100 * share:.0f}% hidden")
         _heat(axes[1, column], patches, image, patches.attention[column].mean(axis=0))
-        axes[1, column].set_title(f"cosine {similarity[column]:.{decimals}f}")
+        axes[1, column].set_title(f"cosine\n{similarity[column]:.{decimals}f}")
     return figure
 
 
@@ -336,6 +343,12 @@ def require_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise ImportError("matplotlib is not installed: pip install 'personvit-hf[show]'.") from error
+
+
+def _names(names: Sequence[str] | None, number: int) -> Sequence[str]:
+    if names is not None and len(names) != number:
+        raise ValueError(f"`names` must have one entry an image: {len(names)} for {number} images.")
+    return [""] * number if names is None else names
 
 
 def _decimals(similarities: np.ndarray) -> int:
