@@ -30,7 +30,6 @@ import datasets
 import numpy as np
 from filelock import FileLock
 from PIL import Image
-from pretrain import PretrainArguments
 from transformers import AutoImageProcessor
 
 from personvit_hf import load_person_images, load_reid_dataset
@@ -143,8 +142,7 @@ def main() -> None:
 
 def models_of(args: StudyArguments, part: str) -> Iterator[Model]:
     """The models that a part compares."""
-    warmups = {name: getattr(PretrainArguments, name) for name in ("warmup_epochs", "warmup_temperature_epochs")}
-    recipe = warmups | read_settings(args.pretrain_config)
+    recipe = read_settings(args.pretrain_config)
     epochs = args.pretrain_epochs or recipe["epochs"]
     whole = {
         label: Model(
@@ -173,9 +171,9 @@ def models_of(args: StudyArguments, part: str) -> Iterator[Model]:
         for share in args.shares:
             # equal steps: the fewer the pictures, the more often each is seen
             settings = {
+                **{name: recipe[name] / share for name in ("warmup_epochs",) if name in recipe},
+                **{name: round(recipe[name] / share) for name in ("warmup_temperature_epochs",) if name in recipe},
                 "epochs": max(1, round(epochs / share)),
-                "warmup_epochs": recipe["warmup_epochs"] / share,
-                "warmup_temperature_epochs": round(recipe["warmup_temperature_epochs"] / share),
             }
             if share == 1:
                 yield Model("100%", whole["DINO + MIM"].folder, whole["DINO + MIM"].settings)
@@ -251,7 +249,7 @@ def run_once(script: str, folder: Path, settings: dict[str, Any]) -> Path:
 
 def step_seconds(args: StudyArguments, model: Model) -> float:
     """Seconds of one of a model's steps, by the log of up to 30."""
-    batch_size = read_settings(args.pretrain_config).get("batch_size", PretrainArguments.batch_size)
+    batch_size = read_settings(args.pretrain_config)["batch_size"]
     share = min(1.0, 30 * batch_size / len(load_person_images(args.data)))
     settings = model.settings | {"epochs": 1, "save_epochs": 0, "logging_steps": 1, "num_workers": 0, "seed": 0}
     settings = merged(args.pretrain_config, settings | {"data": unlabelled_data(args, share)})

@@ -13,6 +13,7 @@ from PIL import Image
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
+import pretrain  # noqa: E402
 import study  # noqa: E402
 
 from personvit_hf import PersonViTConfig  # noqa: E402
@@ -83,7 +84,7 @@ def test_fewer_pictures_lie_within_more_and_are_seen_more_often(args):
 
 def test_every_change_is_one_of_a_setting_that_there_is():
     for change in (*study.OBJECTIVES.values(), *study.CHANGES.values()):
-        assert all(hasattr(study.PretrainArguments(data="", output_dir=""), name) for name in change)
+        assert all(hasattr(pretrain.PretrainArguments(data="", output_dir=""), name) for name in change)
         assert all(hasattr(PersonViTConfig(), name) for name in change.get("config_overrides", {}))
 
 
