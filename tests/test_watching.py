@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from personvit_hf import PersonViTConfig, PersonViTForPreTraining
 from personvit_hf.watching import (
-    DataWait,
+    Pace,
     StepGuard,
     TeacherWatch,
     feature_figures,
@@ -131,11 +131,14 @@ def test_share_of_time_spent_waiting():
             time.sleep(0.05)
             yield item
 
-    wait = DataWait()
-    assert list(wait.timed(slow())) == [0, 1, 2]
-    assert 0.5 < wait.share() <= 1
+    pace = Pace()
+    for _ in pace.timed(slow()):
+        pace.images += 10
+    figures = pace.figures()
+    assert 0.5 < figures["data_wait_share"] <= 1
+    assert 50 < figures["images_per_second"] < 30 / 0.15
     time.sleep(0.05)
-    assert wait.share() == 0
+    assert pace.figures()["data_wait_share"] == 0
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from accelerate import Accelerator
 
 from .modeling_personvit_pretraining import PersonViTForPreTraining, teacher_probabilities
 
@@ -178,11 +179,12 @@ class StepGuard:
         return True
 
 
-class DataWait:
-    """Measures the share of time that training waits for data."""
+class Pace:
+    """How fast a run trains, and the share of its time that it waits for data. Add to `images` what it trains on."""
 
     def __init__(self) -> None:
-        self.waited, self.started = 0.0, time.perf_counter()
+        self.images, self.waited = 0, 0.0
+        self.started = self.looked = time.perf_counter()
 
     def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The same batches, with the time between asking and getting counted."""
@@ -197,12 +199,18 @@ class DataWait:
                 self.waited += time.perf_counter() - asked
             yield batch
 
-    def share(self) -> float:
-        """Between 0 and 1, since the last call."""
+    def figures(self) -> dict[str, float]:
+        """`images_per_second`, and `data_wait_share`, between 0 and 1, since the last call."""
         now = time.perf_counter()
-        share = self.waited / max(now - self.started, 1e-9)
-        self.waited, self.started = 0.0, now
-        return share
+        share = self.waited / max(now - self.looked, 1e-9)
+        self.waited, self.looked = 0.0, now
+        return {"images_per_second": self.images / max(now - self.started, 1e-9), "data_wait_share": share}
+
+
+def mean_over_processes(accelerator: Accelerator, figures: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The mean of each scalar over all processes. Call it on every one, with the same names."""
+    means = accelerator.reduce(torch.stack(list(figures.values())), "mean")
+    return dict(zip(figures, means.tolist(), strict=True))
 
 
 def warn_past_peak(metrics: Path) -> str | None:
