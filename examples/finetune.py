@@ -39,7 +39,7 @@ from personvit_hf.person_images import BrokenImage, BrokenImageBudget, PersonIma
 from personvit_hf.preemption import StopRequest, ignore_stop_requests
 from personvit_hf.reid_data import person_labels
 from personvit_hf.sampling import PKSampler
-from personvit_hf.schedules import StepPlan, finetune_learning_rate, finetuning_parameter_groups
+from personvit_hf.schedules import StepPlan, finetune_learning_rate, finetuning_parameter_groups, is_due
 from personvit_hf.scripting import (
     MetricsLog,
     collate,
@@ -51,7 +51,7 @@ from personvit_hf.scripting import (
     require_finite,
     score,
 )
-from personvit_hf.watching import Pace, mean_over_processes
+from personvit_hf.watching import Pace, add_mean, mean_over_processes
 
 
 @dataclass
@@ -262,11 +262,10 @@ def prepare_run(args: FinetuneArguments, accelerator: Accelerator) -> Run:
 
 
 def save(run: Run) -> None:
-    save_checkpoint(
-        *(run.accelerator, run.model, run.optimizer, Path(run.args.output_dir) / "checkpoints"),
-        *(run.progress.step, run.args.keep_checkpoints),
-    )
-    run.publisher.checkpoint(run.model, run.processor, run.progress.step)
+    checkpoints, step = Path(run.args.output_dir) / "checkpoints", run.progress.step
+    with run.pace.paused():
+        save_checkpoint(run.accelerator, run.model, run.optimizer, checkpoints, step, run.args.keep_checkpoints)
+        run.publisher.checkpoint(run.model, run.processor, step)
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, epoch: int, args: FinetuneArguments) -> None:
@@ -280,19 +279,26 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, epoch: int, args: Finet
         )
 
 
-def add_batch(run: Run, batch: dict) -> dict[str, torch.Tensor]:
-    """Adds a batch's gradients to the step's, and takes the step when they are complete; returns losses, accuracy."""
+def add_batch(run: Run, figures: dict[str, torch.Tensor], batch: dict) -> dict[str, torch.Tensor]:
+    """Adds a batch's gradients to the step's, and takes the step when they are complete.
+
+    Returns:
+        Losses and accuracy, means over the step's batches up to this one: `figures` with this batch's share.
+    """
     inputs = batch["inputs"]
     run.broken.count(batch["broken"], len(inputs["labels"]))
     if not run.args.use_cameras:
         del inputs["camera_ids"]
+    num_batches = run.plan.batches_in_step(run.progress.samples // run.plan.images_per_batch)
     with run.accelerator.accumulate(run.model):
         outputs = run.model(**inputs)
-        run.accelerator.backward(outputs.loss)
+        # Accelerate weights each batch as one of a full step's, of which an epoch's last step can have fewer
+        run.accelerator.backward(outputs.loss * (run.plan.batches_per_step / num_batches))
         run.optimizer.step()
         run.optimizer.zero_grad()
-    figures = {name: outputs[name].detach().float() for name in ("loss", "id_loss", "triplet_loss")}
-    return figures | {"accuracy": (outputs.logits.argmax(-1) == inputs["labels"]).float().mean()}
+    own = {name: outputs[name] for name in ("loss", "id_loss", "triplet_loss")}
+    own["accuracy"] = (outputs.logits.argmax(-1) == inputs["labels"]).float().mean()
+    return add_mean(figures, own, num_batches)
 
 
 def checked(run: Run, figures: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -308,28 +314,29 @@ def train_epoch(run: Run, epoch: int, bar: tqdm) -> None:
     run.dataloader.set_epoch(epoch)
     set_learning_rates(run.optimizer, epoch, args)
     done = progress.samples // plan.images_per_batch
-    figures = None
+    figures, last = {}, {}  # of the step under way, and of the last one
     for batch in run.pace.timed(accelerator.skip_first_batches(run.dataloader, done) if done else run.dataloader):
-        figures = add_batch(run, batch)
+        figures = add_batch(run, figures, batch)
         progress.samples += plan.images_per_batch
         run.pace.images += plan.images_per_batch
         if not accelerator.sync_gradients:
             continue
         progress.step += 1
-        if progress.step % args.logging_steps == 0:
-            means = checked(run, figures)
+        last, figures = figures, {}
+        if is_due(args.logging_steps, progress.step):
+            means = checked(run, last)
             bar.set_postfix(loss=f"{means['loss']:.3f}", accuracy=f"{means['accuracy']:.2f}")
             rate = run.optimizer.param_groups[0]["lr"]
             run.log.write(progress.step, epoch=epoch, **means, learning_rate=rate, **run.pace.figures())
         if run.stop.agreed():
-            checked(run, figures)
+            checked(run, last)
             save(run)
             run.stop.leave()
     run.broken.end_epoch()
     progress.epoch, progress.samples = epoch + 1, 0
     bar.update()
-    if figures is not None:  # else the run was stopped after the epoch's last step
-        checked(run, figures)
+    if last:  # else the run was stopped after the epoch's last step
+        checked(run, last)
 
 
 def score_model(run: Run) -> None:
@@ -372,10 +379,11 @@ def main() -> None:
     with tqdm(**epochs, desc="Epochs", disable=not accelerator.is_main_process) as bar:
         for epoch in range(run.progress.epoch, args.epochs):
             train_epoch(run, epoch, bar)
-            if args.eval_epochs and run.progress.epoch % args.eval_epochs == 0:
-                score_model(run)
+            if is_due(args.eval_epochs, run.progress.epoch):
+                with run.pace.paused():
+                    score_model(run)
             # after the score, which a resumed run would not repeat
-            if args.save_epochs and run.progress.epoch % args.save_epochs == 0:
+            if is_due(args.save_epochs, run.progress.epoch):
                 save(run)
     run.stop.close()
     output_dir = Path(args.output_dir)

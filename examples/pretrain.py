@@ -55,6 +55,7 @@ from personvit_hf.preemption import StopRequest, ignore_stop_requests
 from personvit_hf.sampling import EpochSampler
 from personvit_hf.schedules import (
     StepPlan,
+    is_due,
     pretraining_parameter_groups,
     teacher_temperature,
     warmup_cosine,
@@ -72,7 +73,7 @@ from personvit_hf.scripting import (
 )
 from personvit_hf.shards import load_person_stream
 from personvit_hf.streaming import PersonStream, skip_batches, stream_loader
-from personvit_hf.watching import Pace, StepGuard, TeacherWatch, mean_over_processes, warn_past_peak
+from personvit_hf.watching import Pace, StepGuard, TeacherWatch, add_mean, mean_over_processes, warn_past_peak
 
 
 @dataclass
@@ -168,12 +169,8 @@ def build_dataloader(
         global_scale=tuple(args.global_scale),
         local_scale=tuple(args.local_scale),
         aspect_ratio=tuple(args.aspect_ratio),
-        brightness=args.brightness,
-        contrast=args.contrast,
-        saturation=args.saturation,
-        hue=args.hue,
-        grayscale_probability=args.grayscale_probability,
-        solarize_probability=args.solarize_probability,
+        **{name: getattr(args, name) for name in ("brightness", "contrast", "saturation", "hue")},
+        **{name: getattr(args, name) for name in ("grayscale_probability", "solarize_probability")},
     )
     config.patch_grid(*args.local_size)  # an impossible size is an error before anything starts
     masking = BlockMasking(
@@ -313,21 +310,11 @@ def prepare_run(args: PretrainArguments, accelerator: Accelerator) -> Run:
     )
 
 
-def is_due(every: int, step: int) -> bool:
-    return bool(every) and step % every == 0
-
-
-def save_steps(run: Run) -> int:
-    """Steps between two checkpoints; 0 for none."""
-    return max(run.plan.steps_in(run.args.save_epochs), 1) if run.args.save_epochs else 0
-
-
 def save(run: Run) -> None:
-    save_checkpoint(
-        *(run.accelerator, run.model, run.optimizer, Path(run.args.output_dir) / "checkpoints"),
-        *(run.progress.step, run.args.keep_checkpoints),
-    )
-    run.publisher.checkpoint(run.model, run.processor, run.progress.step)
+    checkpoints, step = Path(run.args.output_dir) / "checkpoints", run.progress.step
+    with run.pace.paused():
+        save_checkpoint(run.accelerator, run.model, run.optimizer, checkpoints, step, run.args.keep_checkpoints)
+        run.publisher.checkpoint(run.model, run.processor, step)
 
 
 def teacher_temperatures(args: PretrainArguments, epoch: int) -> dict[str, float]:
@@ -363,16 +350,21 @@ def add_batch(run: Run, step: Step, batch: dict, epoch: int, temperatures: dict[
     for name in ("global_pixel_values", "local_pixel_values"):
         inputs[name] = normalize(inputs[name], run.processor.image_mean, run.processor.image_std)
     # Accelerate weights each batch as one of a full step's, of which an epoch's last step can have fewer
-    weight = run.plan.batches_per_step / run.plan.batches_in_step(run.progress.samples // run.plan.images_per_batch)
+    num_batches = run.plan.batches_in_step(run.progress.samples // run.plan.images_per_batch)
+    weight = run.plan.batches_per_step / num_batches
     frozen = epoch < run.args.freeze_last_layer_epochs
     with accelerator.accumulate(model):
         outputs = model(**inputs, **temperatures, move_centers=accelerator.sync_gradients)
         backward(accelerator, model, outputs.loss * weight)
-        step.losses = {name: value.detach().float() for name, value in outputs.items() if name.endswith("loss")}
+        losses = {name: value for name, value in outputs.items() if name.endswith("loss")}
+        step.losses = add_mean(step.losses, losses, num_batches)
         if accelerator.sync_gradients:
             accelerator.unscale_gradients(optimizer)
             step.gradient_norm = clip_gradients(accelerator, model, run.args.clip_gradients or math.inf)
-            step.skipped = run.guard.must_skip(run.progress.step, step.gradient_norm)
+            watched = step.gradient_norm
+            if accelerator.scaler is not None:  # fp16's scaler leaves out steps that overflow, and they don't count
+                watched = accelerator.reduce(step.losses["loss"], "mean")
+            step.skipped = run.guard.must_skip(run.progress.step, watched)
             if step.skipped:
                 optimizer.zero_grad()
             if frozen:
@@ -431,7 +423,7 @@ def train_epoch(run: Run, epoch: int, bar: tqdm) -> None:
             run.guard.remember()
         progress.step, progress.skipped = progress.step + 1, run.guard.skipped
         bar.update()
-        due_to_save = is_due(save_steps(run), progress.step)
+        due_to_save = is_due(plan.steps_between(args.save_epochs), progress.step)
         due_to_log = is_due(args.logging_steps, progress.step) or due_to_save or progress.step == plan.total_steps
         if (due_to_log or run.watch.wanted) and not step.skipped:
             losses = log_step(run, step, epoch, schedules, temperatures)
@@ -483,9 +475,10 @@ def main() -> None:
             train_epoch(run, epoch, bar)
             is_last = epoch + 1 == args.epochs
             if run.eval_dataset is not None and (is_due(args.eval_epochs, epoch + 1) or is_last):
-                score_teacher(run)
+                with run.pace.paused():
+                    score_teacher(run)
             # here and not in the epoch's last step, so that a resumed run starts with the next epoch
-            if is_due(save_steps(run), run.progress.step) or (is_last and args.save_epochs):
+            if is_due(run.plan.steps_between(args.save_epochs), run.progress.step) or (is_last and args.save_epochs):
                 save(run)
     run.stop.close()
     output_dir = Path(args.output_dir)

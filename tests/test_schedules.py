@@ -16,6 +16,7 @@ from personvit_hf.schedules import (
     clip_gradients_per_parameter,
     finetune_learning_rate,
     finetuning_parameter_groups,
+    is_due,
     pretraining_parameter_groups,
     teacher_temperature,
     warmup_cosine,
@@ -195,5 +196,11 @@ def test_steps_take_every_batch_once(batches, per_step, per_batch):
         step = shares[first : first + per_step]
         assert step == [1 / len(step)] * len(step)
     assert plan.total_steps == 3 * plan.steps_per_epoch == plan.steps_in(3)
+    assert plan.steps_between(3) == plan.total_steps and plan.steps_between(1e-3) == 1 and plan.steps_between(0) == 0
     assert plan.images_per_step == per_batch * per_step
     assert plan.images_per_epoch == per_batch * batches
+
+
+def test_what_is_due():
+    assert [count for count in range(1, 10) if is_due(3, count)] == [3, 6, 9]
+    assert not any(is_due(0, count) for count in range(1, 10))

@@ -54,10 +54,19 @@ class StepPlan:
         """Steps of so many epochs, or of a part of one, rounded."""
         return round(epochs * self.steps_per_epoch)
 
+    def steps_between(self, epochs: float) -> int:
+        """Steps between what happens every so many epochs: at least one, or 0 for never, which `epochs` 0 is."""
+        return max(self.steps_in(epochs), 1) if epochs else 0
+
     def batches_in_step(self, batch: int) -> int:
         """How many batches make the step that batch number `batch` of an epoch, from 0, is part of."""
         first = batch - batch % self.batches_per_step
         return min(self.batches_per_step, self.batches_per_epoch - first)
+
+
+def is_due(every: int, count: int) -> bool:
+    """Whether what happens every so many steps or epochs, or with 0 never, happens after number `count`, from 1."""
+    return bool(every) and count % every == 0
 
 
 def warmup_cosine(
