@@ -42,6 +42,7 @@ from personvit_hf.sampling import PKSampler
 from personvit_hf.schedules import StepPlan, finetune_learning_rate, finetuning_parameter_groups, is_due
 from personvit_hf.scripting import (
     MetricsLog,
+    checkpoint_layers,
     collate,
     default_attention,
     load_pretrained,
@@ -79,6 +80,7 @@ class FinetuneArguments:
     identities_per_batch: int = option(16, "P: identities in a batch, per process.")
     images_per_identity: int = option(4, "K: images of each identity in a batch.")
     gradient_accumulation_steps: int = option(1, "Batches per optimizer step.")
+    gradient_checkpointing: bool = option(False, "Compute each layer again in the backward pass: slower, less memory.")
     optimizer: str = option("sgd", "sgd (momentum 0.9, the paper's) or adamw.")
     learning_rate: float = option(4e-4, "Base rate; biases learn at twice this rate.")
     warmup_epochs: int = option(20, "Epochs of warm-up from 0.01 of the base rate.")
@@ -227,6 +229,8 @@ def prepare_run(args: FinetuneArguments, accelerator: Accelerator) -> Run:
     model = build_model(args, labels, num_cameras)
     if checkpoint is not None:
         load_weights(model, checkpoint)
+    if args.gradient_checkpointing:
+        checkpoint_layers(model)
     height, width = args.image_size
     model.config.patch_grid(height, width)  # an impossible size is an error before anything starts
     processor = PersonViTImageProcessor(

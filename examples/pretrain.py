@@ -62,6 +62,7 @@ from personvit_hf.schedules import (
 )
 from personvit_hf.scripting import (
     MetricsLog,
+    checkpoint_layers,
     collate,
     default_attention,
     load_pretrained,
@@ -116,6 +117,7 @@ class PretrainArguments:
     weight_decay: float = option(0.04, "Weight decay at the start.")
     final_weight_decay: float = option(0.4, "Weight decay at the end (cosine).")
     clip_gradients: float = option(3.0, "Largest norm of each parameter's gradient; 0 for no clipping.")
+    gradient_checkpointing: bool = option(False, "Compute each layer again in the backward pass: slower, less memory.")
     freeze_last_layer_epochs: int = option(1, "Epochs during which the prototypes stay as they are.")
     teacher_momentum: float = option(0.996, "Momentum of the teacher at the start; it rises to 1 (cosine).")
     teacher_temperature: float = option(0.04, "Teacher's [CLS] temperature after the warm-up.")
@@ -266,6 +268,8 @@ def prepare_run(args: PretrainArguments, accelerator: Accelerator) -> Run:
     model = build_model(args)
     if checkpoint is not None:
         load_weights(model, checkpoint)
+    if args.gradient_checkpointing:  # the teacher, which keeps nothing anyway, is not in training mode
+        checkpoint_layers(model)
     height, width = args.image_size
     processor = PersonViTImageProcessor(size={"height": height, "width": width})
     dataloader = build_dataloader(args, model.config, accelerator)

@@ -504,6 +504,15 @@ def test_finished_run_resumes_to_itself(people, finetuned, pretrained, tmp_path)
     assert_same_weights(tmp_path, finetuned)
 
 
+def test_checkpointed_layers_train_the_same_model(people, pretrained, finetuned, tmp_path):
+    flags = {"gradient_checkpointing": True, "num_workers": 0}
+    run("pretrain.py", output_dir=tmp_path / "p", **PRETRAIN | flags | {"data": people / "unlabelled"})
+    assert_same_weights(tmp_path / "p", pretrained)
+    settings = FINETUNE | flags | {"data": people / "market", "model_name_or_path": pretrained}
+    run("finetune.py", output_dir=tmp_path / "f", **settings)
+    assert_same_weights(tmp_path / "f", finetuned)
+
+
 # Several processes, and batches in parts
 
 
