@@ -9,7 +9,7 @@ YAML file (`--config FILE`), or both. The output folder holds the model, its ima
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -293,11 +293,12 @@ def add_batch(run: Run, figures: dict[str, torch.Tensor], batch: dict) -> dict[s
     run.broken.count(batch["broken"], len(inputs["labels"]))
     if not run.args.use_cameras:
         del inputs["camera_ids"]
-    num_batches = run.plan.batches_in_step(run.progress.samples // run.plan.images_per_batch)
+    plan = replace(run.plan, batches_per_epoch=len(run.dataloader))  # the sampler gives each epoch as many as it has
+    num_batches = plan.batches_in_step(run.progress.samples // plan.images_per_batch)
     with run.accelerator.accumulate(run.model):
         outputs = run.model(**inputs)
         # Accelerate weights each batch as one of a full step's, of which an epoch's last step can have fewer
-        run.accelerator.backward(outputs.loss * (run.plan.batches_per_step / num_batches))
+        run.accelerator.backward(outputs.loss * (plan.batches_per_step / num_batches))
         run.optimizer.step()
         run.optimizer.zero_grad()
     own = {name: outputs[name] for name in ("loss", "id_loss", "triplet_loss")}
