@@ -32,11 +32,12 @@ from transformers import HfArgumentParser
 
 from personvit_hf import PersonViTConfig, PersonViTImageProcessor
 from personvit_hf.augmentation import MultiCrop
+from personvit_hf.masking import PretrainingCrops
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "examples"))
 
-from pretrain import PretrainArguments, PretrainingCrops, build_dataloader  # noqa: E402
+from pretrain import PretrainArguments, build_dataloader  # noqa: E402
 
 
 @dataclass

@@ -21,7 +21,7 @@ from transformers import HfArgumentParser
 
 from personvit_hf import PersonViTConfig, PersonViTForPreTraining, modeling_personvit_pretraining
 from personvit_hf.masking import BlockMasking
-from personvit_hf.scripting import parse_arguments
+from personvit_hf.scripting import checkpoint_layers, parse_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "examples"))
@@ -165,7 +165,9 @@ def count_flops(settings: PretrainArguments, config: PersonViTConfig, images: in
     return counter.get_total_flops() / images
 
 
-def measure_kept(settings: PretrainArguments, config: PersonViTConfig, images: int) -> float:
+def measure_kept(
+    settings: PretrainArguments, config: PersonViTConfig, images: int, checkpointed: bool = False
+) -> float:
     """Bytes an image that the forward pass keeps for the backward pass, under bf16 autocast with sdpa.
 
     Weights and their bf16 copies are left out, and so are the logits: they are made in chunks, as in large batches.
@@ -173,6 +175,8 @@ def measure_kept(settings: PretrainArguments, config: PersonViTConfig, images: i
     torch.manual_seed(0)
     config = PersonViTConfig(**config.to_dict() | {"attn_implementation": "sdpa"})
     model = PersonViTForPreTraining(config).train()
+    if checkpointed:
+        checkpoint_layers(model)
     weights = {tuple(parameter.shape) for parameter in model.parameters()}
     weights |= {shape[::-1] for shape in weights}
     kept: dict[int, int] = {}
@@ -287,6 +291,8 @@ def main() -> None:
         f"{cost.flops * args.images * settings.epochs:.2e} FLOP in all, {args.utilisation:.0%} of the peak assumed"
     )
     print_memory(args, settings, sizes, cost)
+    kept = measure_kept(settings, config, args.measured_images, checkpointed=True)
+    print(f"\nWith `--gradient_checkpointing` an image keeps {kept / 2**20:.0f} MiB.")
     print_runs(args, settings, sizes, cost)
     print_disk(args, settings, sizes)
 

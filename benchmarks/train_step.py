@@ -8,11 +8,11 @@ processes.
 
     python benchmarks/train_step.py --batch 4 --precisions fp32 bf16
     python benchmarks/train_step.py --steps memory --prototypes 65536
+    python benchmarks/train_step.py --steps checkpointing      # ours with and without `gradient_checkpointing`
 """
 
 from __future__ import annotations
 
-import resource
 import statistics
 import subprocess
 import sys
@@ -20,6 +20,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ from personvit_hf.schedules import (
     pretraining_parameter_groups,
 )
 
-STEPS = ("pretrain", "finetune", "embed", "memory")
+STEPS = ("pretrain", "finetune", "embed", "memory", "checkpointing")
 CLIP, MOMENTUM, DECAY = 3.0, 0.996, 0.04
 TOLERANCE = 1e-5
 PHASES = ("teacher", "student", "rest of forward", "backward", "clip", "optimizer", "moving average", "whole")
@@ -57,7 +58,7 @@ class Arguments:
     threads: int = field(default=1, metadata={"help": "Threads of PyTorch."})
     drop_path_rate: float = field(default=0.1, metadata={"help": "Stochastic depth of the last layer."})
     attn_implementation: str | None = field(default=None, metadata={"help": "None: eager in bf16, else sdpa."})
-    only: str | None = field(default=None, metadata={"help": "Used by itself: `ours` or `plain`, in a process alone."})
+    only: str | None = field(default=None, metadata={"help": "Used by itself: one of `ALONE`, in a process alone."})
 
 
 @dataclass
@@ -111,6 +112,13 @@ def our_pretraining(args: Arguments, precision: str, **settings) -> Step:
         lambda: model.update_teacher(MOMENTUM),
         {"teacher": [model.personvit, model.teacher_head.mlp], "student": [model.student, model.student_head.mlp]},
     )
+
+
+def checkpointed_pretraining(args: Arguments, precision: str, **settings) -> Step:
+    step = our_pretraining(args, precision, **settings)
+    # not by personvit_hf.scripting, whose imports would count as the process's memory
+    getattr(step.model, "activation_checkpointing_enable", step.model.gradient_checkpointing_enable)()
+    return step
 
 
 def plain_pretraining(args: Arguments, precision: str, **settings) -> Step:
@@ -180,6 +188,9 @@ BUILDERS = {
     "finetune": (our_finetuning, plain_finetuning),
     "embed": (our_embedding, plain_embedding),
 }
+
+
+ALONE = {"ours": our_pretraining, "plain": plain_pretraining, "checkpointed": checkpointed_pretraining}
 
 
 def load_plain(kind: str, ours: Step, plain: Step) -> None:
@@ -335,7 +346,7 @@ def compare(kind: str, precision: str, args: Arguments) -> None:
 
 def peak_alone(who: str, args: Arguments) -> None:
     """Prints peak memory of this process in MiB, and how much of it two steps added to model and optimizer."""
-    step = BUILDERS["pretrain"][("ours", "plain").index(who)](args, args.precisions[0])
+    step = ALONE[who](args, args.precisions[0])
     for parameter in step.model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
@@ -348,12 +359,15 @@ def peak_alone(who: str, args: Arguments) -> None:
 
 
 def peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """MiB. Not by getrusage, whose figure a process inherits from the one that started it."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
 
 
-def compare_memory(precision: str, args: Arguments) -> None:
+def peaks_of(names: tuple[str, ...], precision: str, args: Arguments) -> list[list[float]]:
+    """What `peak_alone` prints for each, in fresh processes."""
     figures = {}
-    for who in ("plain", "ours"):
+    for who in names:
         settings = vars(args) | {"only": who, "precisions": [precision]}
         options = [
             part
@@ -363,11 +377,31 @@ def compare_memory(precision: str, args: Arguments) -> None:
         ]
         run = subprocess.run([sys.executable, __file__, *options], capture_output=True, text=True, check=True)
         figures[who] = [float(number) for number in run.stdout.split()]
-    (plain, plain_added), (ours, ours_added) = figures["plain"], figures["ours"]
+    return list(figures.values())
+
+
+def compare_memory(precision: str, args: Arguments) -> None:
+    (plain, plain_added), (ours, ours_added) = peaks_of(("plain", "ours"), precision, args)
     print(
         f"\npeak memory, pre-training, {precision}, {args.prototypes} prototypes, {args.batch} images: plain "
         f"{plain:.0f} MiB, ours {ours:.0f} MiB ({ours / plain:.2f}); beyond weights and optimizer "
         f"{plain_added:.0f} and {ours_added:.0f} MiB ({ours_added / max(plain_added, 1):.2f})"
+    )
+
+
+def compare_checkpointing(precision: str, args: Arguments) -> None:
+    """Ours with and without checkpointed layers: time in turns, and peak memory."""
+    pair = {name: ALONE[name](args, precision) for name in ("ours", "checkpointed")}
+    seconds = {name: [] for name in pair}
+    for _ in range(args.rounds + 1):  # the first to warm up
+        for name, step in pair.items():
+            seconds[name].append(sum(take(step, precision, {}).values()))
+    slower = statistics.median(np.divide(seconds["checkpointed"][1:], seconds["ours"][1:]))
+    (kept, kept_added), (again, again_added) = peaks_of(tuple(pair), precision, args)
+    print(
+        f"\ncheckpointed layers, pre-training, {precision}, {args.prototypes} prototypes, {args.batch} images: "
+        f"{slower:.2f} of the time; peak memory {again:.0f} of {kept:.0f} MiB ({again / kept:.2f}), beyond weights "
+        f"and optimizer {again_added:.0f} of {kept_added:.0f} MiB ({again_added / max(kept_added, 1):.2f})"
     )
 
 
@@ -386,6 +420,9 @@ def main() -> None:
     if "memory" in args.steps:
         for precision in args.precisions:
             compare_memory(precision, args)
+    if "checkpointing" in args.steps:
+        for precision in args.precisions:
+            compare_checkpointing(precision, args)
 
 
 if __name__ == "__main__":

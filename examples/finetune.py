@@ -9,14 +9,15 @@ YAML file (`--config FILE`), or both. The output folder holds the model, its ima
 """
 
 import json
-import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import yaml
+from accelerate import Accelerator
 from accelerate.utils import set_seed
+from datasets import DatasetDict
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
@@ -38,9 +39,10 @@ from personvit_hf.person_images import BrokenImage, BrokenImageBudget, PersonIma
 from personvit_hf.preemption import StopRequest, ignore_stop_requests
 from personvit_hf.reid_data import person_labels
 from personvit_hf.sampling import PKSampler
-from personvit_hf.schedules import finetune_learning_rate, finetuning_parameter_groups
+from personvit_hf.schedules import StepPlan, finetune_learning_rate, finetuning_parameter_groups, is_due
 from personvit_hf.scripting import (
     MetricsLog,
+    checkpoint_layers,
     collate,
     default_attention,
     load_pretrained,
@@ -50,6 +52,7 @@ from personvit_hf.scripting import (
     require_finite,
     score,
 )
+from personvit_hf.watching import Pace, add_mean, mean_over_processes
 
 
 @dataclass
@@ -77,6 +80,7 @@ class FinetuneArguments:
     identities_per_batch: int = option(16, "P: identities in a batch, per process.")
     images_per_identity: int = option(4, "K: images of each identity in a batch.")
     gradient_accumulation_steps: int = option(1, "Batches per optimizer step.")
+    gradient_checkpointing: bool = option(False, "Compute each layer again in the backward pass: slower, less memory.")
     optimizer: str = option("sgd", "sgd (momentum 0.9, the paper's) or adamw.")
     learning_rate: float = option(4e-4, "Base rate; biases learn at twice this rate.")
     warmup_epochs: int = option(20, "Epochs of warm-up from 0.01 of the base rate.")
@@ -178,23 +182,45 @@ def build_optimizer(
     raise ValueError(f"`optimizer` must be sgd or adamw, got {args.optimizer!r}.")
 
 
-def main() -> None:
-    args = parse_arguments(FinetuneArguments)
-    if args.keep_best and not args.eval_epochs:
-        raise ValueError("`keep_best` needs `eval_epochs` to tell which model is the best.")
-    output_dir = Path(args.output_dir)
-    accelerator = make_accelerator(
-        output_dir,
-        args.mixed_precision,
-        args.gradient_accumulation_steps,
-        args.report_to,
-        args.timeout_minutes,
+@dataclass(frozen=True)
+class Run:
+    """What a run consists of once all is prepared; the functions below work on it."""
+
+    args: FinetuneArguments
+    accelerator: Accelerator
+    model: torch.nn.Module  # as prepared: perhaps wrapped
+    optimizer: torch.optim.Optimizer
+    dataloader: DataLoader
+    dataset: DatasetDict
+    processor: PersonViTImageProcessor
+    plan: StepPlan
+    progress: TrainingProgress
+    log: MetricsLog
+    publisher: RunPublisher
+    stop: StopRequest
+    pace: Pace
+    broken: BrokenImageBudget
+
+
+def plan_steps(args: FinetuneArguments, accelerator: Accelerator, dataloader: DataLoader) -> StepPlan:
+    if not len(dataloader):
+        raise ValueError(
+            f"{args.data} has fewer batches of `identities_per_batch` x `images_per_identity` images than the "
+            f"{accelerator.num_processes} processes: lower one of them."
+        )
+    return StepPlan(
+        images_per_batch=args.identities_per_batch * args.images_per_identity * accelerator.num_processes,
+        batches_per_epoch=len(dataloader),
+        batches_per_step=args.gradient_accumulation_steps,
+        epochs=args.epochs,
     )
 
-    # Data, model, optimizer
+
+def prepare_run(args: FinetuneArguments, accelerator: Accelerator) -> Run:
+    """Data, model and optimizer, as they were at the checkpoint to resume from."""
+    output_dir = Path(args.output_dir)
     args.attn_implementation = args.attn_implementation or default_attention(accelerator)
-    checkpoints, best = output_dir / "checkpoints", output_dir / "best"
-    checkpoint = find_checkpoint(accelerator, checkpoints, args.resume_from)
+    checkpoint = find_checkpoint(accelerator, output_dir / "checkpoints", args.resume_from)
     dataset = load_reid_dataset(args.data)
     labels = person_labels(dataset["train"]["person_id"])
     num_cameras = 1 + max(max(rows["camera_id"]) for rows in dataset.values()) if args.use_cameras else 0
@@ -203,6 +229,8 @@ def main() -> None:
     model = build_model(args, labels, num_cameras)
     if checkpoint is not None:
         load_weights(model, checkpoint)
+    if args.gradient_checkpointing:
+        checkpoint_layers(model)
     height, width = args.image_size
     model.config.patch_grid(height, width)  # an impossible size is an error before anything starts
     processor = PersonViTImageProcessor(
@@ -211,14 +239,8 @@ def main() -> None:
     optimizer = build_optimizer(args, model, accelerator.scaler)
     set_seed(args.seed, device_specific=True)
     model, optimizer, dataloader = accelerator.prepare(model, optimizer, dataloader)
-    if len(dataloader) == 0:
-        raise ValueError(
-            f"{args.data} has fewer batches of `identities_per_batch` x `images_per_identity` images than the "
-            f"{accelerator.num_processes} processes: lower one of them."
-        )
 
-    # Resume
-    images_per_batch = args.identities_per_batch * args.images_per_identity * accelerator.num_processes
+    plan = plan_steps(args, accelerator, dataloader)
     layout = {
         "images": len(dataloader.dataset),
         "identities_per_batch": args.identities_per_batch,
@@ -235,95 +257,148 @@ def main() -> None:
     publisher = RunPublisher(accelerator, args)
     if args.report_to:
         accelerator.init_trackers("personvit-finetune")
+    return Run(
+        *(args, accelerator, model, optimizer, dataloader, dataset, processor, plan, progress, log, publisher),
+        stop=StopRequest(accelerator),
+        pace=Pace(),
+        broken=BrokenImageBudget(args.max_broken_share),
+    )
 
-    def save() -> None:
-        save_checkpoint(accelerator, model, optimizer, checkpoints, progress.step, args.keep_checkpoints)
-        publisher.checkpoint(model, processor, progress.step)
 
-    def require_finite_loss() -> None:
-        require_finite(progress.step, output_dir, loss=accelerator.reduce(outputs.loss.detach(), "mean").item())
+def save(run: Run) -> None:
+    checkpoints, step = Path(run.args.output_dir) / "checkpoints", run.progress.step
+    with run.pace.paused():
+        save_checkpoint(run.accelerator, run.model, run.optimizer, checkpoints, step, run.args.keep_checkpoints)
+        run.publisher.checkpoint(run.model, run.processor, step)
 
-    budget = BrokenImageBudget(args.max_broken_share)
-    bar = tqdm(total=args.epochs, initial=progress.epoch, desc="Epochs", disable=not accelerator.is_main_process)
-    stop = StopRequest(accelerator)
-    model.train()
-    for epoch in range(progress.epoch, args.epochs):
-        dataloader.set_epoch(epoch)
-        for group in optimizer.param_groups:
-            group["lr"] = finetune_learning_rate(
-                epoch,
-                base=args.learning_rate,
-                lr_factor=group["lr_factor"],
-                total_epochs=args.epochs,
-                warmup_epochs=args.warmup_epochs,
-            )
-        started, images_seen = time.perf_counter(), 0
-        done = progress.samples // images_per_batch
-        for batch in accelerator.skip_first_batches(dataloader, done) if done else dataloader:
-            inputs = batch["inputs"]
-            budget.count(batch["broken"], len(inputs["labels"]))
-            if not args.use_cameras:
-                del inputs["camera_ids"]
-            with accelerator.accumulate(model):
-                outputs = model(**inputs)
-                accelerator.backward(outputs.loss)
-                optimizer.step()
-                optimizer.zero_grad()
-            progress.samples += images_per_batch
-            images_seen += images_per_batch
-            if not accelerator.sync_gradients:
-                continue
-            progress.step += 1
-            if progress.step % args.logging_steps == 0:
-                correct = (outputs.logits.argmax(-1) == inputs["labels"]).float().mean()
-                figures = torch.stack([outputs.loss, outputs.id_loss, outputs.triplet_loss, correct]).detach().float()
-                loss, id_loss, triplet_loss, accuracy = accelerator.reduce(figures, "mean").tolist()
-                require_finite(progress.step, output_dir, loss=loss)
-                bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.2f}")
-                log.write(
-                    progress.step,
-                    epoch=epoch,
-                    loss=loss,
-                    id_loss=id_loss,
-                    triplet_loss=triplet_loss,
-                    accuracy=accuracy,
-                    learning_rate=optimizer.param_groups[0]["lr"],
-                    images_per_second=images_seen / (time.perf_counter() - started),
-                )
-            if stop.agreed():
-                require_finite_loss()
-                save()
-                stop.leave()
-        budget.end_epoch()
-        progress.epoch, progress.samples = epoch + 1, 0
-        bar.update()
-        if images_seen:  # else the run was stopped after the epoch's last step
-            require_finite_loss()
-        if args.eval_epochs and progress.epoch % args.eval_epochs == 0:
-            result, whole = {}, whole_module(accelerator, model)
-            if accelerator.is_main_process:
-                result = score(whole.to(accelerator.device), processor, dataset, args.use_cameras)
-                log.write(progress.step, epoch=epoch, mAP=result["mAP"], rank1=result["rank1"])
-            accelerator.wait_for_everyone()
-            if args.keep_best:
-                save_best(accelerator, model, processor, best, progress, result.get("mAP"))
-        # after the score, which a resumed run would not repeat
-        if args.save_epochs and progress.epoch % args.save_epochs == 0:
-            save()
 
-    bar.close()
-    stop.close()
-    if args.keep_best:
-        export_best(accelerator, best, output_dir)
-    else:
-        save_model(accelerator, model, processor, output_dir)
+def set_learning_rates(optimizer: torch.optim.Optimizer, epoch: int, args: FinetuneArguments) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = finetune_learning_rate(
+            epoch,
+            base=args.learning_rate,
+            lr_factor=group["lr_factor"],
+            total_epochs=args.epochs,
+            warmup_epochs=args.warmup_epochs,
+        )
+
+
+def add_batch(run: Run, figures: dict[str, torch.Tensor], batch: dict) -> dict[str, torch.Tensor]:
+    """Adds a batch's gradients to the step's, and takes the step when they are complete.
+
+    Returns:
+        Losses and accuracy, means over the step's batches up to this one: `figures` with this batch's share.
+    """
+    inputs = batch["inputs"]
+    run.broken.count(batch["broken"], len(inputs["labels"]))
+    if not run.args.use_cameras:
+        del inputs["camera_ids"]
+    plan = replace(run.plan, batches_per_epoch=len(run.dataloader))  # the sampler gives each epoch as many as it has
+    num_batches = plan.batches_in_step(run.progress.samples // plan.images_per_batch)
+    with run.accelerator.accumulate(run.model):
+        outputs = run.model(**inputs)
+        # Accelerate weights each batch as one of a full step's, of which an epoch's last step can have fewer
+        run.accelerator.backward(outputs.loss * (plan.batches_per_step / num_batches))
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+    own = {name: outputs[name] for name in ("loss", "id_loss", "triplet_loss")}
+    own["accuracy"] = (outputs.logits.argmax(-1) == inputs["labels"]).float().mean()
+    return add_mean(figures, own, num_batches)
+
+
+def checked(run: Run, figures: dict[str, torch.Tensor]) -> dict[str, float]:
+    """A step's figures, means over all processes; raises if the loss is no number."""
+    means = mean_over_processes(run.accelerator, figures)
+    require_finite(run.progress.step, run.args.output_dir, loss=means["loss"])
+    return means
+
+
+def train_epoch(run: Run, epoch: int, bar: tqdm) -> None:
+    """Trains on what is left of an epoch."""
+    args, accelerator, plan, progress = run.args, run.accelerator, run.plan, run.progress
+    run.dataloader.set_epoch(epoch)
+    set_learning_rates(run.optimizer, epoch, args)
+    done = progress.samples // plan.images_per_batch
+    figures, last = {}, {}  # of the step under way, and of the last one
+    for batch in run.pace.timed(accelerator.skip_first_batches(run.dataloader, done) if done else run.dataloader):
+        figures = add_batch(run, figures, batch)
+        progress.samples += plan.images_per_batch
+        run.pace.images += plan.images_per_batch
+        if not accelerator.sync_gradients:
+            continue
+        progress.step += 1
+        last, figures = figures, {}
+        if is_due(args.logging_steps, progress.step):
+            means = checked(run, last)
+            bar.set_postfix(loss=f"{means['loss']:.3f}", accuracy=f"{means['accuracy']:.2f}")
+            rate = run.optimizer.param_groups[0]["lr"]
+            run.log.write(progress.step, epoch=epoch, **means, learning_rate=rate, **run.pace.figures())
+        if run.stop.agreed():
+            checked(run, last)
+            save(run)
+            run.stop.leave()
+    run.broken.end_epoch()
+    progress.epoch, progress.samples = epoch + 1, 0
+    bar.update()
+    if last:  # else the run was stopped after the epoch's last step
+        checked(run, last)
+
+
+def score_model(run: Run) -> None:
+    """Scores the model on query and gallery, and keeps it if it is the best so far."""
+    accelerator, progress = run.accelerator, run.progress
+    result, whole = {}, whole_module(accelerator, run.model)
     if accelerator.is_main_process:
-        trained = PersonViTForReID.from_pretrained(output_dir).to(accelerator.device)
-        result = score(trained, processor, dataset, args.use_cameras)
-        results = {name: result[name] for name in ("mAP", "mINP", "rank1", "rank5", "rank10", "num_valid_queries")}
-        (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        print(f"mAP {100 * results['mAP']:.2f}  Rank-1 {100 * results['rank1']:.2f}  ({output_dir / 'results.json'})")
-    if url := publisher.finish():
+        result = score(whole.to(accelerator.device), run.processor, run.dataset, run.args.use_cameras)
+        run.log.write(progress.step, epoch=progress.epoch - 1, mAP=result["mAP"], rank1=result["rank1"])
+    accelerator.wait_for_everyone()
+    if run.args.keep_best:
+        best = Path(run.args.output_dir) / "best"
+        save_best(accelerator, run.model, run.processor, best, progress, result.get("mAP"))
+
+
+def write_results(run: Run) -> None:
+    """Scores what was saved, as whoever loads it will."""
+    output_dir = Path(run.args.output_dir)
+    trained = PersonViTForReID.from_pretrained(output_dir).to(run.accelerator.device)
+    result = score(trained, run.processor, run.dataset, run.args.use_cameras)
+    results = {name: result[name] for name in ("mAP", "mINP", "rank1", "rank5", "rank10", "num_valid_queries")}
+    (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(f"mAP {100 * results['mAP']:.2f}  Rank-1 {100 * results['rank1']:.2f}  ({output_dir / 'results.json'})")
+
+
+def main() -> None:
+    args = parse_arguments(FinetuneArguments)
+    if args.keep_best and not args.eval_epochs:
+        raise ValueError("`keep_best` needs `eval_epochs` to tell which model is the best.")
+    accelerator = make_accelerator(
+        args.output_dir,
+        args.mixed_precision,
+        args.gradient_accumulation_steps,
+        args.report_to,
+        args.timeout_minutes,
+    )
+    run = prepare_run(args, accelerator)
+    run.model.train()
+    epochs = {"total": args.epochs, "initial": run.progress.epoch}
+    with tqdm(**epochs, desc="Epochs", disable=not accelerator.is_main_process) as bar:
+        for epoch in range(run.progress.epoch, args.epochs):
+            train_epoch(run, epoch, bar)
+            if is_due(args.eval_epochs, run.progress.epoch):
+                with run.pace.paused():
+                    score_model(run)
+            # after the score, which a resumed run would not repeat
+            if is_due(args.save_epochs, run.progress.epoch):
+                save(run)
+    run.stop.close()
+    output_dir = Path(args.output_dir)
+    if args.keep_best:
+        export_best(accelerator, output_dir / "best", output_dir)
+    else:
+        save_model(accelerator, run.model, run.processor, output_dir)
+    if accelerator.is_main_process:
+        write_results(run)
+    if url := run.publisher.finish():
         print(f"On the Hub: {url}")
     accelerator.end_training()
 

@@ -8,17 +8,16 @@ the state to resume from (`--resume_from latest`).
 """
 
 import math
-import time
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
-from torch.utils.data import DataLoader, Dataset
+from datasets import DatasetDict
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from personvit_hf import (
@@ -50,17 +49,20 @@ from personvit_hf.distributed import (
     whole_module,
 )
 from personvit_hf.hub import RunPublisher
-from personvit_hf.masking import BlockMasking
-from personvit_hf.person_images import BrokenImage, BrokenImageBudget, PersonImages
+from personvit_hf.masking import BlockMasking, PretrainingCrops, draw_views
+from personvit_hf.person_images import BrokenImageBudget, PersonImages
 from personvit_hf.preemption import StopRequest, ignore_stop_requests
 from personvit_hf.sampling import EpochSampler
 from personvit_hf.schedules import (
+    StepPlan,
+    is_due,
     pretraining_parameter_groups,
     teacher_temperature,
     warmup_cosine,
 )
 from personvit_hf.scripting import (
     MetricsLog,
+    checkpoint_layers,
     collate,
     default_attention,
     load_pretrained,
@@ -72,7 +74,7 @@ from personvit_hf.scripting import (
 )
 from personvit_hf.shards import load_person_stream
 from personvit_hf.streaming import PersonStream, skip_batches, stream_loader
-from personvit_hf.watching import DataWait, StepGuard, TeacherWatch, warn_past_peak
+from personvit_hf.watching import Pace, StepGuard, TeacherWatch, add_mean, mean_over_processes, warn_past_peak
 
 
 @dataclass
@@ -115,6 +117,7 @@ class PretrainArguments:
     weight_decay: float = option(0.04, "Weight decay at the start.")
     final_weight_decay: float = option(0.4, "Weight decay at the end (cosine).")
     clip_gradients: float = option(3.0, "Largest norm of each parameter's gradient; 0 for no clipping.")
+    gradient_checkpointing: bool = option(False, "Compute each layer again in the backward pass: slower, less memory.")
     freeze_last_layer_epochs: int = option(1, "Epochs during which the prototypes stay as they are.")
     teacher_momentum: float = option(0.996, "Momentum of the teacher at the start; it rises to 1 (cosine).")
     teacher_temperature: float = option(0.04, "Teacher's [CLS] temperature after the warm-up.")
@@ -147,29 +150,6 @@ class PretrainArguments:
     hub_private_repo: bool = option(False, "Create the repository as a private one.")
 
 
-def draw_views(augment: MultiCrop, masking: BlockMasking, image: np.ndarray, rng: np.random.Generator) -> dict:
-    global_crops, local_crops = augment(image, rng)
-    masks = np.stack([masking(rng).ravel() for _ in global_crops])
-    return {"global_pixel_values": global_crops, "local_pixel_values": local_crops, "bool_masked_pos": masks}
-
-
-class PretrainingCrops(Dataset):
-    """Crops and masks of image `index` in epoch `epoch`, by key = epoch * number of images + index."""
-
-    def __init__(self, images: PersonImages, augment: MultiCrop, masking: BlockMasking, seed: int):
-        self.images, self.augment, self.masking, self.seed = images, augment, masking, seed
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, key: int) -> dict[str, np.ndarray] | BrokenImage:
-        epoch, index = divmod(key, len(self.images))
-        image = self.images[index]
-        if isinstance(image, BrokenImage):
-            return image
-        return draw_views(self.augment, self.masking, image, np.random.default_rng([self.seed, epoch, index]))
-
-
 def build_model(args: PretrainArguments) -> PersonViTForPreTraining:
     overrides = {
         "drop_path_rate": args.drop_path_rate,
@@ -191,12 +171,8 @@ def build_dataloader(
         global_scale=tuple(args.global_scale),
         local_scale=tuple(args.local_scale),
         aspect_ratio=tuple(args.aspect_ratio),
-        brightness=args.brightness,
-        contrast=args.contrast,
-        saturation=args.saturation,
-        hue=args.hue,
-        grayscale_probability=args.grayscale_probability,
-        solarize_probability=args.solarize_probability,
+        **{name: getattr(args, name) for name in ("brightness", "contrast", "saturation", "hue")},
+        **{name: getattr(args, name) for name in ("grayscale_probability", "solarize_probability")},
     )
     config.patch_grid(*args.local_size)  # an impossible size is an error before anything starts
     masking = BlockMasking(
@@ -237,34 +213,66 @@ def build_dataloader(
     )
 
 
-def main() -> None:
-    args = parse_arguments(PretrainArguments)
-    if args.keep_best and not args.eval_data:
-        raise ValueError("`keep_best` needs `eval_data` to tell which model is the best.")
-    output_dir = Path(args.output_dir)
-    accelerator = make_accelerator(
-        output_dir,
-        args.mixed_precision,
-        args.gradient_accumulation_steps,
-        args.report_to,
-        args.timeout_minutes,
+@dataclass(frozen=True)
+class Run:
+    """What a run consists of once all is prepared; the functions below work on it."""
+
+    args: PretrainArguments
+    accelerator: Accelerator
+    model: torch.nn.Module  # as prepared: perhaps wrapped
+    unwrapped: PersonViTForPreTraining
+    optimizer: torch.optim.Optimizer
+    dataloader: DataLoader
+    eval_dataset: DatasetDict | None
+    processor: PersonViTImageProcessor
+    plan: StepPlan
+    progress: TrainingProgress
+    log: MetricsLog
+    publisher: RunPublisher
+    stop: StopRequest
+    watch: TeacherWatch
+    guard: StepGuard
+    pace: Pace
+    broken: BrokenImageBudget
+
+
+@dataclass
+class Step:
+    """What an optimizer step comes to, batch by batch."""
+
+    losses: dict[str, torch.Tensor] = field(default_factory=dict)
+    gradient_norm: torch.Tensor | None = None  # before clipping; None while gradients are incomplete
+    skipped: bool = False
+
+
+def plan_steps(args: PretrainArguments, accelerator: Accelerator, dataloader: DataLoader) -> StepPlan:
+    if not len(dataloader):
+        raise ValueError(
+            f"{args.data} has {len(dataloader.dataset)} images, fewer than one batch for each of the "
+            f"{accelerator.num_processes} processes: lower `batch_size`."
+        )
+    return StepPlan(
+        images_per_batch=args.batch_size * accelerator.num_processes,
+        batches_per_epoch=len(dataloader),
+        batches_per_step=args.gradient_accumulation_steps,
+        epochs=args.epochs,
     )
 
-    if args.skip_nonfinite_steps and accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ValueError("`skip_nonfinite_steps` is not for DeepSpeed, whose optimizer takes every step.")
 
-    # Model, data, optimizer
+def prepare_run(args: PretrainArguments, accelerator: Accelerator) -> Run:
+    """Model, data and optimizer, as they were at the checkpoint to resume from."""
+    output_dir = Path(args.output_dir)
     args.attn_implementation = args.attn_implementation or default_attention(accelerator)
-    checkpoints, best = output_dir / "checkpoints", output_dir / "best"
-    checkpoint = find_checkpoint(accelerator, checkpoints, args.resume_from)
+    checkpoint = find_checkpoint(accelerator, output_dir / "checkpoints", args.resume_from)
     set_seed(args.seed)
     model = build_model(args)
     if checkpoint is not None:
         load_weights(model, checkpoint)
-    config = model.config
+    if args.gradient_checkpointing:  # the teacher, which keeps nothing anyway, is not in training mode
+        checkpoint_layers(model)
     height, width = args.image_size
     processor = PersonViTImageProcessor(size={"height": height, "width": width})
-    dataloader = build_dataloader(args, config, accelerator)
+    dataloader = build_dataloader(args, model.config, accelerator)
     eval_dataset = load_reid_dataset(args.eval_data) if args.eval_data else None
     groups = pretraining_parameter_groups(model, args.weight_decay)
     if args.freeze_last_layer_epochs:
@@ -277,26 +285,11 @@ def main() -> None:
     model, optimizer, dataloader = accelerator.prepare(model, optimizer, dataloader)
     unwrapped = accelerator.unwrap_model(model)
 
-    # Schedules are functions of the optimizer step
-    images_per_batch = args.batch_size * accelerator.num_processes
-    images_per_step = images_per_batch * args.gradient_accumulation_steps
-    # Accelerate also takes a step at an epoch's end, with what has accumulated by then
-    steps_per_epoch = math.ceil(len(dataloader) / args.gradient_accumulation_steps)
-    if steps_per_epoch == 0:
-        raise ValueError(
-            f"{args.data} has {len(dataloader.dataset)} images, fewer than one batch for each of the "
-            f"{accelerator.num_processes} processes: lower `batch_size`."
-        )
-    total_steps = args.epochs * steps_per_epoch
-    peak_rate = args.learning_rate * images_per_step / 256
-    warmup_steps = min(round(args.warmup_epochs * steps_per_epoch), total_steps)
-    save_steps = max(round(args.save_epochs * steps_per_epoch), 1) if args.save_epochs else 0
-
-    # Resume
+    plan = plan_steps(args, accelerator, dataloader)
     layout = {
         "images": len(dataloader.dataset),
-        "images_per_step": images_per_step,
-        "steps_per_epoch": steps_per_epoch,
+        "images_per_step": plan.images_per_step,
+        "steps_per_epoch": plan.steps_per_epoch,
     }
     progress = TrainingProgress(layout=layout)
     accelerator.register_for_checkpointing(progress)
@@ -310,142 +303,194 @@ def main() -> None:
     publisher = RunPublisher(accelerator, args)
     if args.report_to:
         accelerator.init_trackers("personvit-pretrain")
+    return Run(
+        *(args, accelerator, model, unwrapped, optimizer, dataloader, eval_dataset, processor),
+        *(plan, progress, log, publisher),
+        stop=StopRequest(accelerator),
+        watch=TeacherWatch(unwrapped),
+        guard=StepGuard(unwrapped, args.skip_nonfinite_steps, progress.skipped),
+        pace=Pace(),
+        broken=BrokenImageBudget(args.max_broken_share),
+    )
 
-    def save() -> None:
-        save_checkpoint(accelerator, model, optimizer, checkpoints, progress.step, args.keep_checkpoints)
-        publisher.checkpoint(model, processor, progress.step)
 
-    def require_finite_step(loss: float) -> None:
-        # weights can have gone bad in this very step, whose loss was taken before; fp16's scaler leaves such steps out
-        gradient_norm = norm.item() if accelerator.scaler is None else 0.0
-        require_finite(progress.step, output_dir, loss=loss, gradient_norm=gradient_norm)
+def save(run: Run) -> None:
+    checkpoints, step = Path(run.args.output_dir) / "checkpoints", run.progress.step
+    with run.pace.paused():
+        save_checkpoint(run.accelerator, run.model, run.optimizer, checkpoints, step, run.args.keep_checkpoints)
+        run.publisher.checkpoint(run.model, run.processor, step)
 
-    budget = BrokenImageBudget(args.max_broken_share)
-    bar = tqdm(total=total_steps, initial=progress.step, desc="Pre-training", disable=not accelerator.is_main_process)
-    started, images_seen = time.perf_counter(), 0
-    stop = StopRequest(accelerator)
-    watch, data_wait = TeacherWatch(unwrapped), DataWait()
-    guard = StepGuard(unwrapped, args.skip_nonfinite_steps, progress.skipped)
-    model.train()
-    for epoch in range(progress.epoch, args.epochs):
-        dataloader.set_epoch(epoch)
-        batches = skip_batches(accelerator, dataloader, epoch, progress.samples // images_per_batch)
-        due_to_save = False
-        temperatures = {
-            name: teacher_temperature(
-                epoch,
-                warmup_start=args.warmup_teacher_temperature,
-                final=final,
-                warmup_epochs=args.warmup_temperature_epochs,
-            )
-            for name, final in (
-                ("teacher_temperature", args.teacher_temperature),
-                ("teacher_patch_temperature", args.teacher_patch_temperature),
-            )
-        }
-        for batch in data_wait.timed(batches):
-            rate = warmup_cosine(
-                progress.step,
-                total_steps=total_steps,
-                base=peak_rate,
-                final=args.min_learning_rate,
-                warmup_steps=warmup_steps,
-            )
-            decay = warmup_cosine(
-                progress.step, total_steps=total_steps, base=args.weight_decay, final=args.final_weight_decay
-            )
-            momentum = warmup_cosine(progress.step, total_steps=total_steps, base=args.teacher_momentum, final=1.0)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-                group["weight_decay"] = decay if group["name"] == "decayed" else 0.0
 
-            inputs = batch["inputs"]
-            budget.count(batch["broken"], len(inputs["global_pixel_values"]))
-            for name in ("global_pixel_values", "local_pixel_values"):
-                inputs[name] = normalize(inputs[name], processor.image_mean, processor.image_std)
-            # Accelerate weights each batch as one of a full step's, of which an epoch's last step can have fewer
-            part = progress.samples // images_per_batch % args.gradient_accumulation_steps
-            if part == 0:
-                batches_left = len(dataloader) - progress.samples // images_per_batch
-                weight = max(args.gradient_accumulation_steps / batches_left, 1.0)
-            due_to_watch = args.watch_steps and (progress.step + 1) % args.watch_steps == 0
-            watch.wanted = due_to_watch
-            with accelerator.accumulate(model):
-                outputs = model(**inputs, **temperatures, move_centers=accelerator.sync_gradients)
-                backward(accelerator, model, outputs.loss * weight)
-                frozen = epoch < args.freeze_last_layer_epochs
-                if accelerator.sync_gradients:
-                    accelerator.unscale_gradients(optimizer)
-                    norm = clip_gradients(accelerator, model, args.clip_gradients or math.inf)
-                    skipped = guard.must_skip(progress.step, norm)
-                    if skipped:
-                        optimizer.zero_grad()
-                    if frozen:
-                        freeze_step(accelerator, optimizer, unwrapped.student_head.prototype_parameters())
-                optimizer_step(accelerator, model, optimizer)
-                if frozen:
-                    forget_frozen_steps(accelerator, optimizer)
-            progress.samples += images_per_batch
-            images_seen += images_per_batch
-            if not accelerator.sync_gradients:
-                continue
-            if not skipped:
-                unwrapped.update_teacher(momentum)
-                guard.remember()
-            progress.step, progress.skipped = progress.step + 1, guard.skipped
-            bar.update()
+def teacher_temperatures(args: PretrainArguments, epoch: int) -> dict[str, float]:
+    finals = {
+        "teacher_temperature": args.teacher_temperature,
+        "teacher_patch_temperature": args.teacher_patch_temperature,
+    }
+    warmup = {"warmup_start": args.warmup_teacher_temperature, "warmup_epochs": args.warmup_temperature_epochs}
+    return {name: teacher_temperature(epoch, final=final, **warmup) for name, final in finals.items()}
 
-            due_to_save = save_steps and progress.step % save_steps == 0
-            due_to_log = progress.step % args.logging_steps == 0 or due_to_save or progress.step == total_steps
-            if (due_to_log or due_to_watch) and not skipped:
-                losses = {name: value.detach().float() for name, value in outputs.items() if name.endswith("loss")}
-                reduced = accelerator.reduce(torch.stack(list(losses.values())), "mean")
-                figures = dict(zip(losses, reduced.tolist(), strict=True))
-                require_finite_step(figures["loss"])
-                bar.set_postfix({name: f"{value:.3f}" for name, value in figures.items()})
-                log.write(
-                    progress.step,
-                    epoch=epoch,
-                    **figures,
-                    learning_rate=rate,
-                    weight_decay=decay,
-                    teacher_momentum=momentum,
-                    images_per_second=images_seen / (time.perf_counter() - started),
-                    data_wait_share=data_wait.share(),
-                    **({"skipped_steps": guard.skipped} if args.skip_nonfinite_steps else {}),
-                    **({"gradient_norm": norm.item()} | watch.figures(**temperatures) if due_to_watch else {}),
-                )
-                if args.stop_on_collapse:
-                    watch.require_no_collapse(progress.step, output_dir)
-            if stop.agreed():
-                if not skipped:
-                    require_finite_step(accelerator.reduce(outputs.loss.detach(), "mean").item())
-                save()
-                stop.leave()
-            if due_to_save and progress.samples < len(dataloader) * images_per_batch:
-                save()
-        budget.end_epoch()
-        progress.epoch, progress.samples = epoch + 1, 0
-        if eval_dataset is not None and ((epoch + 1) % args.eval_epochs == 0 or epoch + 1 == args.epochs):
-            result, teacher = {}, whole_module(accelerator, model, "personvit")
-            if accelerator.is_main_process:
-                result = score(teacher.to(accelerator.device), processor, eval_dataset)
-                log.write(progress.step, epoch=epoch, mAP=result["mAP"], rank1=result["rank1"])
-                warn_past_peak(log.path)
-            accelerator.wait_for_everyone()
-            if args.keep_best:
-                save_best(accelerator, model, processor, best, progress, result.get("mAP"))
-        # here and not above, so that a resumed run starts with the next epoch
-        if due_to_save or (save_steps and epoch + 1 == args.epochs):
-            save()
 
-    bar.close()
-    stop.close()
+def set_schedules(
+    optimizer: torch.optim.Optimizer, step: int, args: PretrainArguments, plan: StepPlan
+) -> dict[str, float]:
+    """Gives the optimizer this step's learning rate and weight decay; returns them, and the teacher's momentum."""
+    cosine = partial(warmup_cosine, step, total_steps=plan.total_steps)
+    peak_rate = args.learning_rate * plan.images_per_step / 256
+    warmup_steps = min(plan.steps_in(args.warmup_epochs), plan.total_steps)
+    rate = cosine(base=peak_rate, final=args.min_learning_rate, warmup_steps=warmup_steps)
+    decay = cosine(base=args.weight_decay, final=args.final_weight_decay)
+    momentum = cosine(base=args.teacher_momentum, final=1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+        group["weight_decay"] = decay if group["name"] == "decayed" else 0.0
+    return {"learning_rate": rate, "weight_decay": decay, "teacher_momentum": momentum}
+
+
+def add_batch(run: Run, step: Step, batch: dict, epoch: int, temperatures: dict[str, float]) -> None:
+    """Adds a batch's gradients to the step's, and moves the student when they are complete."""
+    accelerator, model, optimizer = run.accelerator, run.model, run.optimizer
+    inputs = batch["inputs"]
+    run.broken.count(batch["broken"], len(inputs["global_pixel_values"]))
+    for name in ("global_pixel_values", "local_pixel_values"):
+        inputs[name] = normalize(inputs[name], run.processor.image_mean, run.processor.image_std)
+    # Accelerate weights each batch as one of a full step's, of which an epoch's last step can have fewer
+    num_batches = run.plan.batches_in_step(run.progress.samples // run.plan.images_per_batch)
+    weight = run.plan.batches_per_step / num_batches
+    frozen = epoch < run.args.freeze_last_layer_epochs
+    with accelerator.accumulate(model):
+        outputs = model(**inputs, **temperatures, move_centers=accelerator.sync_gradients)
+        backward(accelerator, model, outputs.loss * weight)
+        losses = {name: value for name, value in outputs.items() if name.endswith("loss")}
+        step.losses = add_mean(step.losses, losses, num_batches)
+        if accelerator.sync_gradients:
+            accelerator.unscale_gradients(optimizer)
+            step.gradient_norm = clip_gradients(accelerator, model, run.args.clip_gradients or math.inf)
+            watched = step.gradient_norm
+            if accelerator.scaler is not None:  # fp16's scaler leaves out steps that overflow, and they don't count
+                watched = accelerator.reduce(step.losses["loss"], "mean")
+            step.skipped = run.guard.must_skip(run.progress.step, watched)
+            if step.skipped:
+                optimizer.zero_grad()
+            if frozen:
+                freeze_step(accelerator, optimizer, run.unwrapped.student_head.prototype_parameters())
+        optimizer_step(accelerator, model, optimizer)
+        if frozen:
+            forget_frozen_steps(accelerator, optimizer)
+
+
+def checked_losses(run: Run, step: Step) -> dict[str, float]:
+    """The step's losses, means over all processes; raises if they, or the weights by now, are no numbers."""
+    losses = mean_over_processes(run.accelerator, step.losses)
+    # weights can have gone bad in this very step, whose loss was taken before; fp16's scaler leaves such steps out
+    gradient_norm = step.gradient_norm.item() if run.accelerator.scaler is None else 0.0
+    require_finite(run.progress.step, run.args.output_dir, loss=losses["loss"], gradient_norm=gradient_norm)
+    return losses
+
+
+def log_step(run: Run, step: Step, epoch: int, schedules: dict[str, float], temperatures: dict[str, float]) -> dict:
+    """Writes a line of metrics.jsonl, and returns its losses."""
+    losses = checked_losses(run, step)
+    watched = {}
+    if run.watch.wanted:
+        watched = {"gradient_norm": step.gradient_norm.item()} | run.watch.figures(**temperatures)
+    run.log.write(
+        run.progress.step,
+        epoch=epoch,
+        **losses,
+        **schedules,
+        **run.pace.figures(),
+        **({"skipped_steps": run.guard.skipped} if run.args.skip_nonfinite_steps else {}),
+        **watched,
+    )
+    if run.args.stop_on_collapse:
+        run.watch.require_no_collapse(run.progress.step, run.args.output_dir)
+    return losses
+
+
+def train_epoch(run: Run, epoch: int, bar: tqdm) -> None:
+    """Trains on what is left of an epoch."""
+    args, accelerator, plan, progress = run.args, run.accelerator, run.plan, run.progress
+    temperatures = teacher_temperatures(args, epoch)
+    run.dataloader.set_epoch(epoch)
+    batches = skip_batches(accelerator, run.dataloader, epoch, progress.samples // plan.images_per_batch)
+    step = Step()
+    for batch in run.pace.timed(batches):
+        schedules = set_schedules(run.optimizer, progress.step, args, plan)
+        run.watch.wanted = is_due(args.watch_steps, progress.step + 1)
+        add_batch(run, step, batch, epoch, temperatures)
+        progress.samples += plan.images_per_batch
+        run.pace.images += plan.images_per_batch
+        if not accelerator.sync_gradients:
+            continue
+        if not step.skipped:
+            run.unwrapped.update_teacher(schedules["teacher_momentum"])
+            run.guard.remember()
+        progress.step, progress.skipped = progress.step + 1, run.guard.skipped
+        bar.update()
+        due_to_save = is_due(plan.steps_between(args.save_epochs), progress.step)
+        due_to_log = is_due(args.logging_steps, progress.step) or due_to_save or progress.step == plan.total_steps
+        if (due_to_log or run.watch.wanted) and not step.skipped:
+            losses = log_step(run, step, epoch, schedules, temperatures)
+            bar.set_postfix({name: f"{value:.3f}" for name, value in losses.items()})
+        if run.stop.agreed():
+            if not step.skipped:
+                checked_losses(run, step)
+            save(run)
+            run.stop.leave()
+        if due_to_save and progress.samples < plan.images_per_epoch:
+            save(run)
+        step = Step()
+    run.broken.end_epoch()
+    progress.epoch, progress.samples = epoch + 1, 0
+
+
+def score_teacher(run: Run) -> None:
+    """Scores the teacher on `eval_data`, and keeps it if it is the best so far."""
+    accelerator, progress = run.accelerator, run.progress
+    result, teacher = {}, whole_module(accelerator, run.model, "personvit")
+    if accelerator.is_main_process:
+        result = score(teacher.to(accelerator.device), run.processor, run.eval_dataset)
+        run.log.write(progress.step, epoch=progress.epoch - 1, mAP=result["mAP"], rank1=result["rank1"])
+        warn_past_peak(run.log.path)
+    accelerator.wait_for_everyone()
+    if run.args.keep_best:
+        best = Path(run.args.output_dir) / "best"
+        save_best(accelerator, run.model, run.processor, best, progress, result.get("mAP"))
+
+
+def main() -> None:
+    args = parse_arguments(PretrainArguments)
+    if args.keep_best and not args.eval_data:
+        raise ValueError("`keep_best` needs `eval_data` to tell which model is the best.")
+    accelerator = make_accelerator(
+        args.output_dir,
+        args.mixed_precision,
+        args.gradient_accumulation_steps,
+        args.report_to,
+        args.timeout_minutes,
+    )
+    if args.skip_nonfinite_steps and accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError("`skip_nonfinite_steps` is not for DeepSpeed, whose optimizer takes every step.")
+    run = prepare_run(args, accelerator)
+    steps = {"total": run.plan.total_steps, "initial": run.progress.step}
+    run.model.train()
+    with tqdm(**steps, desc="Pre-training", disable=not accelerator.is_main_process) as bar:
+        for epoch in range(run.progress.epoch, args.epochs):
+            train_epoch(run, epoch, bar)
+            is_last = epoch + 1 == args.epochs
+            if run.eval_dataset is not None and (is_due(args.eval_epochs, epoch + 1) or is_last):
+                with run.pace.paused():
+                    score_teacher(run)
+            # here and not in the epoch's last step, so that a resumed run starts with the next epoch
+            if is_due(run.plan.steps_between(args.save_epochs), run.progress.step) or (is_last and args.save_epochs):
+                save(run)
+    run.stop.close()
+    output_dir = Path(args.output_dir)
     if args.keep_best:
-        export_best(accelerator, best, output_dir)
+        export_best(accelerator, output_dir / "best", output_dir)
     else:
-        save_model(accelerator, model, processor, output_dir)
-    if url := publisher.finish():
+        save_model(accelerator, run.model, run.processor, output_dir)
+    if url := run.publisher.finish():
         print(f"On the Hub: {url}")
     accelerator.end_training()
 

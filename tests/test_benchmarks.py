@@ -54,3 +54,7 @@ def test_all_training_steps_equal_the_plain_ones():
     assert [kind for kind, _ in differences] == ["pretrain", "finetune", "embed"]
     assert all(float(difference) <= 1e-5 for _, difference in differences)
     assert len(re.findall(r"^peak memory, .*: plain \d+ MiB, ours \d+ MiB", output, re.MULTILINE)) == 2
+    assert (
+        len(re.findall(r"^checkpointed layers, .*: \S+ of the time; peak memory \d+ of \d+ MiB", output, re.MULTILINE))
+        == 2
+    )

@@ -12,6 +12,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -29,8 +30,11 @@ from personvit_hf import (
     PersonViTForPreTraining,
     PersonViTForReID,
     checkpointing,
+    distributed,
     embed_images,
     load_person_images,
+    scripting,
+    watching,
 )
 from personvit_hf.checkpointing import latest_checkpoint, list_checkpoints
 from personvit_hf.schedules import warmup_cosine
@@ -500,6 +504,15 @@ def test_finished_run_resumes_to_itself(people, finetuned, pretrained, tmp_path)
     assert_same_weights(tmp_path, finetuned)
 
 
+def test_checkpointed_layers_train_the_same_model(people, pretrained, finetuned, tmp_path):
+    flags = {"gradient_checkpointing": True, "num_workers": 0}
+    run("pretrain.py", output_dir=tmp_path / "p", **PRETRAIN | flags | {"data": people / "unlabelled"})
+    assert_same_weights(tmp_path / "p", pretrained)
+    settings = FINETUNE | flags | {"data": people / "market", "model_name_or_path": pretrained}
+    run("finetune.py", output_dir=tmp_path / "f", **settings)
+    assert_same_weights(tmp_path / "f", finetuned)
+
+
 # Several processes, and batches in parts
 
 
@@ -517,12 +530,12 @@ def test_accumulated_gradients_equal_those_of_one_batch(people, tmp_path):
     run("pretrain.py", output_dir=tmp_path / "one", **settings)
     parts = settings | {"batch_size": 4, "gradient_accumulation_steps": 2}
     run("pretrain.py", output_dir=tmp_path / "parts", **parts)
-    assert_same_training(tmp_path / "one", tmp_path / "parts", same_loss=False)  # its log has the last part's loss
+    assert_same_training(tmp_path / "one", tmp_path / "parts")
 
 
-def assert_same_training(first: Path, second: Path, same_loss: bool = True) -> None:
-    names = ["step", "epoch", "learning_rate", "weight_decay", "teacher_momentum"]
-    for name in names + ["loss", "dino_loss", "mim_loss"] * same_loss:
+def assert_same_training(first: Path, second: Path) -> None:
+    names = ["step", "epoch", "learning_rate", "weight_decay", "teacher_momentum", "loss", "dino_loss", "mim_loss"]
+    for name in names:
         np.testing.assert_allclose(column(first, name), column(second, name), rtol=1e-5, err_msg=name)
     a, b = weights(first), weights(second)
     assert a["center"].abs().max() > 0
@@ -540,6 +553,64 @@ def test_the_last_part_of_an_epoch_is_a_step_too(people, tmp_path):
     momentum = [warmup_cosine(step, total_steps=8, base=0.996, final=1.0) for step in range(8)]
     assert column(tmp_path, "teacher_momentum").tolist() == momentum
     assert [step_of(path) for path in list_checkpoints(tmp_path / "checkpoints")] == [4, 8]
+
+
+def test_finetuning_logs_the_mean_of_a_steps_batches(people, pretrained, tmp_path):
+    still = FINETUNE | {"data": people / "market", "model_name_or_path": pretrained, "learning_rate": 0.0, "epochs": 1}
+    still |= {"drop_path_rate": 0.0, "num_workers": 0}  # so all batches meet the same weights
+    run("finetune.py", output_dir=tmp_path / "one", **still)
+    run("finetune.py", output_dir=tmp_path / "parts", **still, gradient_accumulation_steps=4)
+    for name in ("loss", "id_loss", "triplet_loss", "accuracy"):
+        ones = column(tmp_path / "one", name)
+        assert len(ones) in (5, 6)  # so the last step has one or two batches
+        expected = [ones[:4].mean(), ones[4:].mean()]
+        np.testing.assert_allclose(column(tmp_path / "parts", name), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("script", ["pretrain.py", "finetune.py"])
+def test_images_per_second_are_those_of_training(people, tmp_path, monkeypatch, script):
+    data, settings = people / "unlabelled", PRETRAIN | {"eval_data": people / "market", "eval_epochs": 1}
+    if script == "finetune.py":
+        data, settings = people / "market", FINETUNE | {"eval_epochs": 1, "config_overrides": json.dumps(MODEL)}
+    evaluate, waited = scripting.score, []
+
+    def slow_score(*arguments, **options):
+        waited.append(1000)
+        return evaluate(*arguments, **options)
+
+    clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + sum(waited))
+    monkeypatch.setattr(watching, "time", clock)
+    monkeypatch.setattr(scripting, "score", slow_score)
+    run(script, data=data, output_dir=tmp_path, **settings | {"num_workers": 0})
+    seen = 2 * 8 * STEPS_PER_EPOCH if script == "pretrain.py" else 6 * len(column(tmp_path, "loss"))
+    assert len(waited) >= 2
+    assert column(tmp_path, "images_per_second")[-1] > seen / 1000
+
+
+def test_steps_that_fp16s_scaler_leaves_out_do_not_count(people, tmp_path, monkeypatch):
+    make = distributed.make_accelerator
+
+    def make_with_scaler(*arguments):
+        accelerator = make(*arguments)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)  # overflows, until it has shrunk
+        accelerator.unscale_gradients = lambda optimizer: accelerator.scaler.unscale_(optimizer.optimizer)
+        return accelerator
+
+    monkeypatch.setattr(distributed, "make_accelerator", make_with_scaler)
+    settings = PRETRAIN | {"data": people / "unlabelled", "skip_nonfinite_steps": 1, "num_workers": 0}
+    run("pretrain.py", output_dir=tmp_path / "overflow", **settings)
+    losses = column(tmp_path / "overflow", "loss")
+    assert len(losses) == 2 * STEPS_PER_EPOCH and np.isfinite(losses).all()
+    assert not column(tmp_path / "overflow", "skipped_steps").any()
+
+    forward = PersonViTForPreTraining.forward
+
+    def broken_forward(self, global_pixel_values, **inputs):
+        return forward(self, global_pixel_values * float("nan"), **inputs)
+
+    monkeypatch.setattr(PersonViTForPreTraining, "forward", broken_forward)
+    with pytest.raises(FloatingPointError, match="after step 1, and `skip_nonfinite_steps` 1"):
+        run("pretrain.py", output_dir=tmp_path / "broken", **settings)
 
 
 def test_finetuning_on_two_processes(people, pretrained, tmp_path):

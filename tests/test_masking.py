@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from personvit_hf import masking
-from personvit_hf.masking import BlockMasking, block_mask
+from personvit_hf.augmentation import MultiCrop
+from personvit_hf.masking import BlockMasking, PretrainingCrops, block_mask
+from personvit_hf.person_images import BrokenImage
 
 GOLDEN = Path(__file__).parent / "golden"
 STATISTICS = json.loads((GOLDEN / "block_masks.json").read_text())["statistics"]
@@ -135,3 +137,23 @@ def test_small_grids_are_masked_too(grid):
 def test_bad_settings_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_views_of_an_image_follow_from_seed_epoch_and_index():
+    images = [np.full((40, 20, 3), 40 * i, np.uint8) for i in range(2)] + [BrokenImage("c.jpg", "cut short")]
+    augment = MultiCrop(global_size=(32, 16), local_size=(16, 8), num_local_crops=3)
+
+    def crops(seed: int) -> PretrainingCrops:
+        return PretrainingCrops(images, augment, BlockMasking(grid=(4, 2)), seed)
+
+    first = crops(0)[1]
+    assert {name: (value.shape, value.dtype) for name, value in first.items()} == {
+        "global_pixel_values": ((2, 3, 32, 16), np.uint8),
+        "local_pixel_values": ((3, 3, 16, 8), np.uint8),
+        "bool_masked_pos": ((2, 8), bool),
+    }
+    for name, value in crops(0)[1].items():
+        np.testing.assert_array_equal(value, first[name])
+    for other in (crops(0)[len(images) + 1], crops(1)[1]):  # the next epoch's, and another seed's
+        assert not np.array_equal(other["global_pixel_values"], first["global_pixel_values"])
+    assert crops(0)[2] is images[2]

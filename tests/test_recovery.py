@@ -200,7 +200,7 @@ def test_a_run_moves_between_process_counts_and_batch_sizes(people, tmp_path):
     assert (step_of(saved), position(saved)["samples"]) == (5, 40)
     again = settings | {"output_dir": moved, "resume_from": "latest"}
     run("pretrain.py", **again | {"batch_size": 4, "gradient_accumulation_steps": 2})
-    assert_same_training(tmp_path / "unbroken", moved, same_loss=False)  # parts log the last part's loss
+    assert_same_training(tmp_path / "unbroken", moved)
 
 
 @pytest.mark.parametrize(

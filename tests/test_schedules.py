@@ -12,9 +12,11 @@ from safetensors.numpy import load_file
 from torch import nn
 
 from personvit_hf.schedules import (
+    StepPlan,
     clip_gradients_per_parameter,
     finetune_learning_rate,
     finetuning_parameter_groups,
+    is_due,
     pretraining_parameter_groups,
     teacher_temperature,
     warmup_cosine,
@@ -183,3 +185,22 @@ def test_clipping_without_gradients_or_norm():
     assert clip_gradients_per_parameter([nn.Parameter(torch.zeros(2))], 3.0) == 0
     with pytest.raises(ValueError, match="`max_norm` must be positive"):
         clip_gradients_per_parameter([], 0.0)
+
+
+@given(batches=st.integers(1, 60), per_step=st.integers(1, 9), per_batch=st.integers(1, 5))
+def test_steps_take_every_batch_once(batches, per_step, per_batch):
+    plan = StepPlan(images_per_batch=per_batch, batches_per_epoch=batches, batches_per_step=per_step, epochs=3)
+    shares = [1 / plan.batches_in_step(batch) for batch in range(batches)]
+    assert sum(shares) == pytest.approx(plan.steps_per_epoch)
+    for first in range(0, batches, per_step):  # the batches of a step weigh the same, and one together
+        step = shares[first : first + per_step]
+        assert step == [1 / len(step)] * len(step)
+    assert plan.total_steps == 3 * plan.steps_per_epoch == plan.steps_in(3)
+    assert plan.steps_between(3) == plan.total_steps and plan.steps_between(1e-3) == 1 and plan.steps_between(0) == 0
+    assert plan.images_per_step == per_batch * per_step
+    assert plan.images_per_epoch == per_batch * batches
+
+
+def test_what_is_due():
+    assert [count for count in range(1, 10) if is_due(3, count)] == [3, 6, 9]
+    assert not any(is_due(0, count) for count in range(1, 10))

@@ -21,6 +21,7 @@ from personvit_hf import (
 )
 from personvit_hf.scripting import (
     MetricsLog,
+    checkpoint_layers,
     default_attention,
     load_pretrained,
     option,
@@ -333,3 +334,46 @@ def test_score_ranks_the_embeddings_of_query_and_gallery():
 def test_attention_is_chosen_by_device_and_precision(device, precision, expected):
     accelerator = SimpleNamespace(device=torch.device(device), mixed_precision=precision)
     assert default_attention(accelerator) == expected
+
+
+def pretraining_inputs() -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    masks = torch.rand(4, 2, 8) < 0.3
+    local = torch.randn(4, 3, 3, 16, 8)
+    return {"global_pixel_values": torch.randn(4, 2, 3, 32, 16), "local_pixel_values": local, "bool_masked_pos": masks}
+
+
+def finetuning_inputs() -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    return {"pixel_values": torch.randn(4, 3, 32, 16), "labels": torch.tensor([0, 0, 1, 1])}
+
+
+@pytest.mark.parametrize(
+    "model_class, inputs", [(PersonViTForPreTraining, pretraining_inputs), (PersonViTForReID, finetuning_inputs)]
+)
+def test_checkpointed_layers_give_the_same_and_keep_less(model_class, inputs):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 128}
+    heads = {"projection_hidden_size": 16, "projection_bottleneck_size": 8, "num_cls_prototypes": 24}
+    config = PersonViTConfig(
+        **sizes, **heads, num_patch_prototypes=12, image_size=[32, 16], patch_size=8, drop_path_rate=0.5
+    )
+    results = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        model = model_class(config).train()
+        if checkpointed:
+            checkpoint_layers(model)
+        kept = {}
+
+        def keep(tensor: torch.Tensor, kept: dict[int, int] = kept) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        torch.manual_seed(2)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(**inputs()).loss
+        loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        results.append((loss.detach(), gradients, sum(kept.values())))
+    torch.testing.assert_close(results[0][:2], results[1][:2], rtol=0, atol=0)
+    assert results[1][2] < 0.7 * results[0][2]

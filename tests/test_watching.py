@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from personvit_hf import PersonViTConfig, PersonViTForPreTraining
 from personvit_hf.watching import (
-    DataWait,
+    Pace,
     StepGuard,
     TeacherWatch,
+    add_mean,
     feature_figures,
     name_collapse,
     prototype_figures,
@@ -131,11 +132,24 @@ def test_share_of_time_spent_waiting():
             time.sleep(0.05)
             yield item
 
-    wait = DataWait()
-    assert list(wait.timed(slow())) == [0, 1, 2]
-    assert 0.5 < wait.share() <= 1
+    pace = Pace()
+    for _ in pace.timed(slow()):
+        pace.images += 10
+    figures = pace.figures()
+    assert 0.5 < figures["data_wait_share"] <= 1
+    assert 50 < figures["images_per_second"] < 30 / 0.15
     time.sleep(0.05)
-    assert wait.share() == 0
+    assert pace.figures()["data_wait_share"] == 0
+    with pace.paused():
+        time.sleep(0.5)
+    assert pace.figures()["images_per_second"] > 30 / 0.4  # 0.2 s of training
+
+
+def test_the_means_of_a_steps_batches():
+    means = {}
+    for value in (1.0, 2.0, 6.0):
+        means = add_mean(means, {"loss": torch.tensor(value, requires_grad=True)}, 3)
+    assert means["loss"].item() == pytest.approx(3.0) and not means["loss"].requires_grad
 
 
 @pytest.mark.parametrize(

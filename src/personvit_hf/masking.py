@@ -1,4 +1,4 @@
-"""Block-wise masks for masked image modelling, on a patch grid of any shape."""
+"""Block-wise masks for masked image modelling, on a patch grid of any shape, and pre-training's views with them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from torch.utils.data import Dataset
+
+from .augmentation import MultiCrop
+from .person_images import BrokenImage, PersonImages
 
 ATTEMPTS_PER_BLOCK = 10
 
@@ -116,3 +120,41 @@ def _check_grid(grid: tuple[int, int], min_aspect: float) -> None:
         raise ValueError(f"Block masks need a grid of at least 2 rows and 2 columns of patches; got {tuple(grid)}.")
     if not 0 < min_aspect <= 1:
         raise ValueError(f"`min_aspect` must lie in (0, 1]; got {min_aspect}.")
+
+
+def draw_views(augment: MultiCrop, masking: BlockMasking, image: np.ndarray, rng: np.random.Generator) -> dict:
+    """Crops of a picture, uint8 (height, width, 3) RGB, and a mask for each global one: what pre-training takes.
+
+    Returns:
+        `global_pixel_values` and `local_pixel_values` as `augment` gives them, and `bool_masked_pos`, bool (global
+        crops, patches).
+    """
+    global_crops, local_crops = augment(image, rng)
+    masks = np.stack([masking(rng).ravel() for _ in global_crops])
+    return {"global_pixel_values": global_crops, "local_pixel_values": local_crops, "bool_masked_pos": masks}
+
+
+class PretrainingCrops(Dataset):
+    """Views of image `index` in epoch `epoch`, by key = epoch * number of images + index.
+
+    Args:
+        images: The pictures.
+        augment: Cuts the crops.
+        masking: Draws the masks.
+        seed: What is drawn for an image follows from seed, epoch and index.
+    """
+
+    def __init__(self, images: PersonImages, augment: MultiCrop, masking: BlockMasking, seed: int):
+        self.images, self.augment, self.masking, self.seed = images, augment, masking, seed
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.images)
+
+    def __getitem__(self, key: int) -> dict[str, np.ndarray] | BrokenImage:
+        """What `draw_views` returns."""
+        epoch, index = divmod(key, len(self.images))
+        image = self.images[index]
+        if isinstance(image, BrokenImage):
+            return image
+        return draw_views(self.augment, self.masking, image, np.random.default_rng([self.seed, epoch, index]))

@@ -431,7 +431,8 @@ class PersonViTModel(PersonViTPreTrainedModel):
                 Viewpoints from 0, for models with `num_views`.
             only_cls (`bool`, *optional*, defaults to `False`):
                 Whether the last layer computes its [CLS] token alone, which is all of it that the pooled output needs
-                (6% less work in 12 layers). `last_hidden_state` then holds this one token.
+                (6% less work in 12 layers). `last_hidden_state` then holds this one token, as does the last of
+                `hidden_states` if they are asked for.
 
         Returns:
             `last_hidden_state` (batch, 1 + parts + patches, hidden) after the final LayerNorm, [CLS] first, and

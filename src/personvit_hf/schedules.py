@@ -7,10 +7,66 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """How batches make up a run's optimizer steps.
+
+    Args:
+        images_per_batch: Images of a batch of all processes together.
+        batches_per_epoch: Batches of a process.
+        batches_per_step: Batches whose gradients make one step; an epoch's last step takes what is left.
+        epochs: Epochs of the run.
+    """
+
+    images_per_batch: int
+    batches_per_epoch: int
+    batches_per_step: int
+    epochs: int
+
+    @property
+    def images_per_step(self) -> int:
+        """Images of a full step."""
+        return self.images_per_batch * self.batches_per_step
+
+    @property
+    def images_per_epoch(self) -> int:
+        """Images of an epoch, by all processes together."""
+        return self.images_per_batch * self.batches_per_epoch
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of an epoch, its last one included, which may have fewer batches."""
+        return math.ceil(self.batches_per_epoch / self.batches_per_step)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the run."""
+        return self.epochs * self.steps_per_epoch
+
+    def steps_in(self, epochs: float) -> int:
+        """Steps of so many epochs, or of a part of one, rounded."""
+        return round(epochs * self.steps_per_epoch)
+
+    def steps_between(self, epochs: float) -> int:
+        """Steps between what happens every so many epochs: at least one, or 0 for never, which `epochs` 0 is."""
+        return max(self.steps_in(epochs), 1) if epochs else 0
+
+    def batches_in_step(self, batch: int) -> int:
+        """How many batches make the step that batch number `batch` of an epoch, from 0, is part of."""
+        first = batch - batch % self.batches_per_step
+        return min(self.batches_per_step, self.batches_per_epoch - first)
+
+
+def is_due(every: int, count: int) -> bool:
+    """Whether what happens every so many steps or epochs, or with 0 never, happens after number `count`, from 1."""
+    return bool(every) and count % every == 0
 
 
 def warmup_cosine(

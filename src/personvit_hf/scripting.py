@@ -132,6 +132,14 @@ def default_attention(accelerator: Accelerator) -> str:
     return "eager" if slow else "sdpa"
 
 
+def checkpoint_layers(model: PreTrainedModel) -> None:
+    """Has layers in training mode keep their input alone, and be computed again in the backward pass.
+
+    This is transformers' own `gradient_checkpointing_enable`, by its newer name where there is one.
+    """
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+
+
 def load_pretrained(model_class: type[Model], name_or_path: str, **overrides: Any) -> Model:
     """A model with the whole backbone of a checkpoint; heads that it lacks are new.
 

@@ -7,11 +7,13 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from accelerate import Accelerator
 
 from .modeling_personvit_pretraining import PersonViTForPreTraining, teacher_probabilities
 
@@ -159,7 +161,8 @@ class StepGuard:
 
         Args:
             step: Optimizer steps done.
-            gradient_norm: Scalar, over all gradients together, equal on all processes.
+            gradient_norm: Scalar, over all gradients together, equal on all processes. With fp16's loss scaler, which
+                leaves out steps whose scaled gradients overflow by itself, give the loss instead.
 
         Raises:
             FloatingPointError: if more steps than the limit had to be skipped.
@@ -178,11 +181,15 @@ class StepGuard:
         return True
 
 
-class DataWait:
-    """Measures the share of time that training waits for data."""
+class Pace:
+    """How fast a run trains, and the share of its time that it waits for data; `paused` times count for neither.
+
+    Add to `images` what it trains on.
+    """
 
     def __init__(self) -> None:
-        self.waited, self.started = 0.0, time.perf_counter()
+        self.images, self.waited = 0, 0.0
+        self.started = self.looked = time.perf_counter()
 
     def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The same batches, with the time between asking and getting counted."""
@@ -197,12 +204,42 @@ class DataWait:
                 self.waited += time.perf_counter() - asked
             yield batch
 
-    def share(self) -> float:
-        """Between 0 and 1, since the last call."""
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """For what is no training, such as scoring and saving."""
+        paused = time.perf_counter()
+        try:
+            yield
+        finally:
+            took = time.perf_counter() - paused
+            self.started, self.looked = self.started + took, self.looked + took
+
+    def figures(self) -> dict[str, float]:
+        """`images_per_second`, and `data_wait_share`, between 0 and 1, since the last call."""
         now = time.perf_counter()
-        share = self.waited / max(now - self.started, 1e-9)
-        self.waited, self.started = 0.0, now
-        return share
+        share = self.waited / max(now - self.looked, 1e-9)
+        self.waited, self.looked = 0.0, now
+        return {"images_per_second": self.images / max(now - self.started, 1e-9), "data_wait_share": share}
+
+
+def add_mean(
+    means: Mapping[str, torch.Tensor], figures: Mapping[str, torch.Tensor], num_batches: int
+) -> dict[str, torch.Tensor]:
+    """Adds a batch's share to the means over a step's batches, which all weigh the same.
+
+    Args:
+        means: What this function returned for the step's batch before; empty for its first.
+        figures: Scalars of this batch, by name.
+        num_batches: Batches of the step.
+    """
+    shares = {name: figure.detach().float() / num_batches for name, figure in figures.items()}
+    return {name: means[name] + share if means else share for name, share in shares.items()}
+
+
+def mean_over_processes(accelerator: Accelerator, figures: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The mean of each scalar over all processes. Call it on every one, with the same names."""
+    means = accelerator.reduce(torch.stack(list(figures.values())), "mean")
+    return dict(zip(figures, means.tolist(), strict=True))
 
 
 def warn_past_peak(metrics: Path) -> str | None:
