@@ -120,6 +120,25 @@ def test_gradient_checkpointing_gives_the_same_gradients(always_slow):
     assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
 
 
+def test_gradients_of_a_model_are_at_least_as_near_to_float32_as_torchs_own(monkeypatch):
+    config = PersonViTConfig(
+        image_size=(32, 16), hidden_size=64, num_hidden_layers=4, num_attention_heads=2, intermediate_size=256
+    )
+    torch.manual_seed(0)
+    model, pixels = PersonViTForReID(config).train(), torch.randn(8, 3, 32, 16)
+    gradients = {}
+    for name, enabled, slow in (("float32", False, False), ("torch", True, False), ("ours", True, True)):
+        monkeypatch.setattr(linear, "bfloat16_products_are_slow", lambda slow=slow: slow)
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            embeddings = model(pixels).embeddings
+        embeddings.float().square().sum().backward()
+        gradients[name] = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    errors = {name: (value - gradients["float32"]).norm().item() for name, value in gradients.items()}
+    assert 0 < errors["ours"] <= 1.1 * errors["torch"]
+    assert errors["torch"] < 0.05 * gradients["float32"].norm().item()
+
+
 def test_compiled_models_use_torchs_own(always_slow):
     module, inputs = layer(), torch.randn(7, 48)
     with torch.autocast("cpu", dtype=torch.bfloat16):
