@@ -24,6 +24,7 @@ MAX_FUNCTION_LINES = 60  # without its docstring
 HUB_FILES = {
     "configuration_personvit.py",
     "image_processing_personvit.py",
+    "linear.py",
     "modeling_personvit.py",
     "modeling_personvit_pretraining.py",
 }

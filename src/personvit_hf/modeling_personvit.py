@@ -18,6 +18,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_personvit import PersonViTConfig
+from .linear import PersonViTLinear
 
 
 def interpolate_position_embeddings(
@@ -229,8 +230,8 @@ class PersonViTAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.is_causal = False
         # query, key and value in one, as all official checkpoints have them: iBOT clips gradients by parameter
-        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.qkv_proj = PersonViTLinear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
+        self.o_proj = PersonViTLinear(config.hidden_size, config.hidden_size)
 
     def forward(
         self, hidden_states: torch.Tensor, num_queries: int | None = None, **kwargs: Unpack[TransformersKwargs]
@@ -255,9 +256,9 @@ class PersonViTMLP(nn.Module):
 
     def __init__(self, config: PersonViTConfig):
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc1 = PersonViTLinear(config.hidden_size, config.intermediate_size)
         self.activation = ACT2FN[config.hidden_act]
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc2 = PersonViTLinear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.fc2(self.activation(self.fc1(hidden_states)))

@@ -14,6 +14,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_personvit import PersonViTConfig
+from .linear import PersonViTLinear
 from .modeling_personvit import PersonViTModel, PersonViTPreTrainedModel
 
 # Logits that are held at a time for each loss: 32 MiB in float32. More are made in chunks, and made again in the
@@ -48,11 +49,11 @@ class PersonViTProjectionHead(nn.Module):
         super().__init__()
         hidden = config.projection_hidden_size
         self.mlp = nn.Sequential(
-            nn.Linear(config.hidden_size, hidden),
+            PersonViTLinear(config.hidden_size, hidden),
             ACT2FN["gelu"],
-            nn.Linear(hidden, hidden),
+            PersonViTLinear(hidden, hidden),
             ACT2FN["gelu"],
-            nn.Linear(hidden, config.projection_bottleneck_size),
+            PersonViTLinear(hidden, config.projection_bottleneck_size),
         )
         self.cls_prototypes = PersonViTPrototypes(config, config.num_cls_prototypes)
         self.patch_prototypes = None if shared else PersonViTPrototypes(config, config.num_patch_prototypes)
