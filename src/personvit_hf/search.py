@@ -189,7 +189,7 @@ class QdrantIndex:
         self.batch = max(1, _QDRANT_NUMBERS // self.width)
         gallery = _gallery_fingerprint(folder)
         same = models.Filter(must=[models.FieldCondition(key="gallery", match=models.MatchValue(value=gallery))])
-        with _qdrant_errors(client):
+        with _qdrant_calls(client):
             if not client.collection_exists(name):
                 params = models.VectorParams(size=self.width, distance=models.Distance.COSINE)
                 client.create_collection(name, vectors_config=params)
@@ -207,12 +207,10 @@ class QdrantIndex:
         """Upserts the images from `first` on."""
         from qdrant_client import models
 
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # in memory they do nothing; a strict server asks for them
-            for column, values in {**self.columns, "gallery": np.array("")}.items():
-                integers = values.dtype.kind in "iu"
-                kind = models.PayloadSchemaType.INTEGER if integers else models.PayloadSchemaType.KEYWORD
-                self.client.create_payload_index(self.name, column, kind)
+        for column, values in {**self.columns, "gallery": np.array("")}.items():  # strict servers filter by no others
+            integers = values.dtype.kind in "iu"
+            kind = models.PayloadSchemaType.INTEGER if integers else models.PayloadSchemaType.KEYWORD
+            self.client.create_payload_index(self.name, column, kind)
         ids = range(first, len(embeddings))
         columns = {column: values.tolist() for column, values in self.columns.items()}
         payloads = ({"gallery": gallery, **{column: values[i] for column, values in columns.items()}} for i in ids)
@@ -251,7 +249,7 @@ class QdrantIndex:
             requests = [
                 models.QueryRequest(query=query, **settings) for query in queries[start : start + self.batch].tolist()
             ]
-            with _qdrant_errors(self.client):
+            with _qdrant_calls(self.client):
                 responses = self.client.query_batch_points(self.name, requests)
             for row, response in enumerate(responses, start):
                 for column, point in enumerate(response.points):
@@ -260,13 +258,15 @@ class QdrantIndex:
 
 
 @contextmanager
-def _qdrant_errors(client: Any) -> Iterator[None]:
-    """Tells of a server's errors in one line, and where it was looked for."""
+def _qdrant_calls(client: Any) -> Iterator[None]:
+    """Tells of a server's errors in one line, and where it was looked for; in memory, not of what it leaves out."""
     from qdrant_client.common.client_exceptions import QdrantException
     from qdrant_client.http.exceptions import ApiException
 
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Local mode performs|Payload indexes have no effect")
+            yield
     except (ApiException, QdrantException) as error:
         told = " ".join(str(error).split()).rstrip(".")
         raise ConnectionError(
