@@ -211,12 +211,14 @@ class QdrantIndex:
             integers = values.dtype.kind in "iu"
             kind = models.PayloadSchemaType.INTEGER if integers else models.PayloadSchemaType.KEYWORD
             self.client.create_payload_index(self.name, column, kind)
-        ids = range(first, len(embeddings))
         columns = {column: values.tolist() for column, values in self.columns.items()}
-        payloads = ({"gallery": gallery, **{column: values[i] for column, values in columns.items()}} for i in ids)
-        self.client.upload_collection(
-            self.name, embeddings[first:], payloads, ids, batch_size=self.batch, max_retries=3, wait=True
-        )
+        for start in range(first, len(embeddings), self.batch):  # not in one call: in memory it makes lists of all
+            ids = range(start, min(start + self.batch, len(embeddings)))
+            payloads = [{"gallery": gallery, **{column: values[i] for column, values in columns.items()}} for i in ids]
+            vectors = embeddings[ids.start : ids.stop]
+            self.client.upload_collection(
+                self.name, vectors, payloads, ids, batch_size=self.batch, max_retries=3, wait=True
+            )
 
     def search(
         self, queries: np.ndarray, k: int, where: Filter | None = None, exclude: Filter | None = None
