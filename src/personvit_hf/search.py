@@ -97,7 +97,7 @@ class FaissIndex:
 
     Raises:
         ImportError: faiss is not installed (`pip install personvit-hf[search]`).
-        ValueError: There is no such kind, or the folder's index is of other embeddings.
+        ValueError: There is no such kind, the folder's index is of other embeddings, or its images are too few.
     """
 
     def __init__(self, folder: EmbeddingFolder, kind: str):
@@ -121,6 +121,8 @@ class FaissIndex:
                 )
             self.rows.load_faiss_index("vectors", str(file))
         else:
+            if kind == "ivfpq" and self.size < 16:  # values of 4 bits, learnt from the images
+                raise ValueError(f'"ivfpq" needs 16 images or more, {folder.path} has {self.size}: search it "exact".')
             cells = int(2 ** np.round(np.log2(max(1, 2 * np.sqrt(self.size)))))
             parts = self.width // next(part for part in (4, 2, 1) if self.width % part == 0)  # 4 bits each
             self.rows.add_faiss_index_from_external_arrays(
