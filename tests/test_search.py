@@ -24,6 +24,7 @@ def unit_rows(rng, count, dim=16):
 
 
 def gallery_folder(path, seed=0, size=300, weights="sha256:1") -> EmbeddingFolder:
+    path.mkdir(exist_ok=True)
     rng = np.random.default_rng(seed)
     columns = {"camera_id": rng.integers(0, 4, size), "track_id": rng.integers(0, 30, size)}
     settings = {"weights": weights, "model": "m", "data": "d", "split": None, "num_images": size}
@@ -81,6 +82,13 @@ def test_a_compressed_index_finds_most(tmp_path):
     assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(indices, expected, strict=True)]) > 0.8
     found = np.einsum("qkd,qd->qk", folder.embeddings[indices], queries)
     np.testing.assert_allclose(similarities, found, rtol=0, atol=1e-6)  # not those of the compressed vectors
+
+
+def test_a_compressed_index_of_few(tmp_path):
+    index = make_index("ivfpq", gallery_folder(tmp_path / "16", size=16))
+    assert (np.sort(index.search(index.to_compare[:2], 20)[0][:, :16]) == np.arange(16)).all()
+    with pytest.raises(ValueError, match="16 images.*has 15.*exact"):
+        make_index("ivfpq", gallery_folder(tmp_path, size=15))
 
 
 @pytest.mark.parametrize("kind", ["exact", "flat", QDRANT])

@@ -256,7 +256,8 @@ def search(
     top: Annotated[int, typer.Option(help="How many to show for each query.")] = 10,
     index: Annotated[str, typer.Option(help="exact, or faiss's flat, ivfpq or hnsw, or qdrant.")] = "exact",
     qdrant_url: Annotated[
-        str | None, typer.Option(help="Qdrant server, such as http://localhost:6333; default: one in memory.")
+        str | None,
+        typer.Option(help="Qdrant server, such as http://localhost:6333 (key: QDRANT_API_KEY); default: in memory."),
     ] = None,
     camera: Annotated[list[int] | None, typer.Option(help="Only these cameras.")] = None,
     not_camera: Annotated[list[int] | None, typer.Option(help="Not these cameras.")] = None,
@@ -283,7 +284,7 @@ def search(
     where, exclude = ({name: values for name, values in f.items() if values} for f in (where, exclude))
     indices, similarities = searched.search(vectors, top, where, exclude)
     for picture, found, likeness in zip(query, indices, similarities, strict=True):
-        typer.echo(f"{picture}")
+        typer.echo(f"{picture}" if (found >= 0).any() else f"{picture}: the filters leave no image of the gallery")
         for rank, (i, similarity) in enumerate(zip(found, likeness, strict=True), start=1):
             if i >= 0:
                 ids = "".join(f"  {name} {values[i]}" for name, values in folder.columns.items())

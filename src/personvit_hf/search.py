@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +25,14 @@ from .visualization import draw_rankings, save_figure
 
 Filter = Mapping[str, Sequence[Any]]
 
-FAISS_KINDS = {"flat": "Flat", "ivfpq": "IVF{cells},PQ{parts}", "hnsw": "HNSW32"}
+FAISS_KINDS = {"flat": "Flat", "ivfpq": "IVF{cells},PQ{parts}x4fs", "hnsw": "HNSW32"}
 # Compressed vectors only tell which so many times k images to compare with the query themselves.
 _COMPRESSED_FETCH = 10
 _BLOCK_ELEMENTS = 2**24
-_QDRANT_BATCH = 1024
+# Numbers in a request to Qdrant: some 5 MB of JSON, of the 32 MB that a server takes.
+_QDRANT_NUMBERS = 2**18
+_QDRANT_TIMEOUT = 60  # seconds
+_QDRANT_EF = 256
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ class FaissIndex:
 
     Raises:
         ImportError: faiss is not installed (`pip install personvit-hf[search]`).
-        ValueError: There is no such kind, or the folder's index is of other embeddings.
+        ValueError: There is no such kind, the folder's index is of other embeddings, or its images are too few.
     """
 
     def __init__(self, folder: EmbeddingFolder, kind: str):
@@ -116,8 +121,10 @@ class FaissIndex:
                 )
             self.rows.load_faiss_index("vectors", str(file))
         else:
+            if kind == "ivfpq" and self.size < 16:  # values of 4 bits, learnt from the images
+                raise ValueError(f'"ivfpq" needs 16 images or more, {folder.path} has {self.size}: search it "exact".')
             cells = int(2 ** np.round(np.log2(max(1, 2 * np.sqrt(self.size)))))
-            parts = next(parts for parts in (48, 32, 16, 8, 4, 2, 1) if self.width % parts == 0)
+            parts = self.width // next(part for part in (4, 2, 1) if self.width % part == 0)  # 4 bits each
             self.rows.add_faiss_index_from_external_arrays(
                 folder.embeddings,
                 "vectors",
@@ -130,9 +137,9 @@ class FaissIndex:
             stamp_file.write_text(json.dumps(stamp))
         index = self.rows.get_index("vectors").faiss_index
         if kind == "ivfpq":
-            index.nprobe = 32
+            index.nprobe = max(32, index.nlist // 4)
         if kind == "hnsw":
-            index.hnsw.efSearch = 256
+            index.hnsw.efSearch = 512
 
     def search(
         self, queries: np.ndarray, k: int, where: Filter | None = None, exclude: Filter | None = None
@@ -166,49 +173,64 @@ class QdrantIndex:
 
     Args:
         client: `qdrant_client.QdrantClient`, such as `QdrantClient(url=...)`; `QdrantClient(":memory:")` for tests.
-        name: The collection. It is filled from `folder` if it doesn't exist.
+        name: The collection. It is filled from `folder` if it doesn't exist; a filling that was cut off goes on.
         folder: The embeddings.
 
     Raises:
         ImportError: qdrant-client is not installed (`pip install personvit-hf[qdrant]`).
-        ValueError: The collection holds embeddings of another model, or another number of images.
+        ConnectionError: The server can't be reached, or refuses.
+        ValueError: The collection holds other embeddings.
     """
 
     def __init__(self, client: Any, name: str, folder: EmbeddingFolder):
         _require("qdrant_client", "qdrant")
         from qdrant_client import models
 
-        self.client, self.name, self.width = client, name, folder.embeddings.shape[1]
-        self.columns = folder.columns
-        if not client.collection_exists(name):
-            params = models.VectorParams(size=self.width, distance=models.Distance.COSINE)
-            client.create_collection(name, vectors_config=params)
-            size = len(folder.embeddings)
-            for start in range(0, size, _QDRANT_BATCH):
-                ids = range(start, min(start + _QDRANT_BATCH, size))
-                payloads = [
-                    {
-                        **{column: values[i].item() for column, values in self.columns.items()},
-                        "weights": folder.weights,
-                    }
-                    for i in ids
-                ]
-                vectors = folder.embeddings[ids.start : ids.stop].tolist()
-                client.upsert(name, models.Batch(ids=list(ids), vectors=vectors, payloads=payloads))
-        count = client.count(name).count
-        same = models.Filter(
-            must=[models.FieldCondition(key="weights", match=models.MatchValue(value=folder.weights))]
-        )
-        if count != len(folder.embeddings) or client.count(name, count_filter=same).count != count:
-            raise ValueError(
-                f"Collection {name!r} holds {count} images, some of them of another model than {folder.path} with "
-                f"{len(folder.embeddings)}. Choose another name, or delete the collection."
+        self.client, self.name, self.columns = client, name, folder.columns
+        size, self.width = folder.embeddings.shape
+        self.batch = max(1, _QDRANT_NUMBERS // self.width)
+        gallery = _gallery_fingerprint(folder)
+        same = models.Filter(must=[models.FieldCondition(key="gallery", match=models.MatchValue(value=gallery))])
+        with _qdrant_calls(client):
+            if not client.collection_exists(name):
+                params = models.VectorParams(size=self.width, distance=models.Distance.COSINE)
+                client.create_collection(name, vectors_config=params)
+            count = client.count(name).count
+            if count > size or client.count(name, count_filter=same).count != count:
+                raise ValueError(
+                    f"Collection {name!r} holds {count} images, of another model or gallery than {folder.path} with "
+                    f"{size}. Choose another name, or delete the collection."
+                )
+            if count < size:
+                # Batches go in one after the other, so that all before the one that was cut off are there.
+                self._fill(folder.embeddings, gallery, count // self.batch * self.batch)
+
+    def _fill(self, embeddings: np.ndarray, gallery: str, first: int) -> None:
+        """Upserts the images from `first` on."""
+        from qdrant_client import models
+
+        for column, values in {**self.columns, "gallery": np.array("")}.items():  # strict servers filter by no others
+            integers = values.dtype.kind in "iu"
+            kind = models.PayloadSchemaType.INTEGER if integers else models.PayloadSchemaType.KEYWORD
+            self.client.create_payload_index(self.name, column, kind)
+        columns = {column: values.tolist() for column, values in self.columns.items()}
+        for start in range(first, len(embeddings), self.batch):  # not in one call: in memory it makes lists of all
+            ids = range(start, min(start + self.batch, len(embeddings)))
+            payloads = [{"gallery": gallery, **{column: values[i] for column, values in columns.items()}} for i in ids]
+            vectors = embeddings[ids.start : ids.stop]
+            self.client.upload_collection(
+                self.name, vectors, payloads, ids, batch_size=self.batch, max_retries=3, wait=True
             )
 
     def search(
         self, queries: np.ndarray, k: int, where: Filter | None = None, exclude: Filter | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """As `ExactIndex.search`; approximate as the server is set up."""
+        """As `ExactIndex.search`; approximate as the server is set up.
+
+        Raises:
+            ConnectionError: The server can't be reached, or refuses.
+            ValueError: As there.
+        """
         from qdrant_client import models
 
         _check_queries(queries, self.width, k)
@@ -217,17 +239,53 @@ class QdrantIndex:
             for column in wanted or {}:
                 _require_column(self.columns, column)
             return [
-                models.FieldCondition(key=column, match=models.MatchAny(any=list(values)))
+                models.FieldCondition(key=column, match=models.MatchAny(any=np.asarray(values).tolist()))
                 for column, values in (wanted or {}).items()
             ]
 
-        query_filter = models.Filter(must=conditions(where), must_not=conditions(exclude))
-        requests = [models.QueryRequest(query=query.tolist(), limit=k, filter=query_filter) for query in queries]
+        settings = {
+            "limit": k,
+            "filter": models.Filter(must=conditions(where), must_not=conditions(exclude)),
+            "params": models.SearchParams(hnsw_ef=max(_QDRANT_EF, k)),
+        }
         found = np.full((len(queries), k), -1, np.int64), np.full((len(queries), k), np.nan, np.float32)
-        for row, response in enumerate(self.client.query_batch_points(self.name, requests)):
-            for column, point in enumerate(response.points):
-                found[0][row, column], found[1][row, column] = point.id, point.score
+        for start in range(0, len(queries), self.batch):
+            requests = [
+                models.QueryRequest(query=query, **settings) for query in queries[start : start + self.batch].tolist()
+            ]
+            with _qdrant_calls(self.client):
+                responses = self.client.query_batch_points(self.name, requests)
+            for row, response in enumerate(responses, start):
+                for column, point in enumerate(response.points):
+                    found[0][row, column], found[1][row, column] = point.id, point.score
         return found
+
+
+@contextmanager
+def _qdrant_calls(client: Any) -> Iterator[None]:
+    """Tells of a server's errors in one line, and where it was looked for; in memory, not of what it leaves out."""
+    from qdrant_client.common.client_exceptions import QdrantException
+    from qdrant_client.http.exceptions import ApiException
+
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Local mode performs|Payload indexes have no effect")
+            yield
+    except (ApiException, QdrantException) as error:
+        told = " ".join(str(error).split()).rstrip(".")
+        raise ConnectionError(
+            f"Qdrant at {client.init_options['url']}: {told}. Is the server running there, and is QDRANT_API_KEY its "
+            "key, if it has one?"
+        ) from error
+
+
+def _gallery_fingerprint(folder: EmbeddingFolder) -> str:
+    """16 digits that tell embeddings and ids, and so the model, from all others."""
+    digest = hashlib.sha256(json.dumps([folder.weights, folder.embeddings.shape, list(folder.columns)]).encode())
+    digest.update(np.ascontiguousarray(folder.embeddings))
+    for values in folder.columns.values():
+        digest.update(json.dumps(values.tolist()).encode())
+    return digest.hexdigest()[:16]
 
 
 def open_index(
@@ -239,8 +297,8 @@ def open_index(
         folder: As `read_embeddings` returns it.
         kind: "exact", "flat", "ivfpq", "hnsw" or "qdrant".
         qdrant_url: Of a server; without one Qdrant runs in this process, in memory. The environment variable
-            QDRANT_API_KEY, if set, goes with it. The server's collection is named after weights and data, so that
-            each gallery has its own.
+            QDRANT_API_KEY, if set, goes with it. The server's collection is named after a hash of embeddings and
+            ids, so that each gallery has its own.
 
     Raises:
         ImportError: What the kind needs is not installed.
@@ -258,17 +316,12 @@ def open_index(
         return FaissIndex(folder, kind)
     _require("qdrant_client", "qdrant")
     from qdrant_client import QdrantClient
-    from qdrant_client.http.exceptions import ApiException
 
     if not qdrant_url:
         return QdrantIndex(QdrantClient(":memory:"), "people", folder)
-    told = {name: folder.settings.get(name) for name in ("weights", "data", "split", "num_images")}
-    name = f"personvit-{hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]}"
-    try:
-        client = QdrantClient(qdrant_url, api_key=os.environ.get("QDRANT_API_KEY"), check_compatibility=False)
-        return QdrantIndex(client, name, folder)
-    except ApiException as error:
-        raise ConnectionError(f"Qdrant at {qdrant_url}: {error}. Is the server running there?") from error
+    key = os.environ.get("QDRANT_API_KEY")
+    client = QdrantClient(url=qdrant_url, api_key=key, timeout=_QDRANT_TIMEOUT, check_compatibility=False)
+    return QdrantIndex(client, f"personvit-{_gallery_fingerprint(folder)}", folder)
 
 
 def load_gallery_images(data: str, split: str | None) -> datasets.Dataset:

@@ -362,6 +362,33 @@ def test_cuda_tensors_agree():
         np.testing.assert_array_equal(evaluate_reid(**on_gpu, metric=metric)["average_precision"], expected)
 
 
+class OnGpu(torch.Tensor):
+    """A tensor in main memory that says it were on a GPU, and can't be read by numpy without `.cpu()`."""
+
+    is_cuda = True
+    device = torch.device("cuda:0")
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+    def numpy(self):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    __array__ = numpy
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("sides", [("query", "gallery"), ("query",), ("gallery",)])
+def test_the_way_of_tensors_on_a_gpu_and_of_sides_on_different_devices(metric, sides):
+    case = clustered(1)
+    expected = evaluate_reid(**case, metric=metric)["average_precision"]
+    for side in sides:
+        case[f"{side}_embeddings"] = torch.from_numpy(case[f"{side}_embeddings"]).as_subclass(OnGpu)
+    for kind in ("person", "camera"):
+        case[f"query_{kind}_ids"] = torch.from_numpy(case[f"query_{kind}_ids"]).as_subclass(OnGpu)
+    np.testing.assert_array_equal(evaluate_reid(**case, metric=metric)["average_precision"], expected)
+
+
 def test_ids_as_strings():
     case = clustered(2)
     expected = evaluate_reid(**case)

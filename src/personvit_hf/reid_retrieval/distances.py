@@ -79,6 +79,8 @@ class EmbeddingDistances:
                 f"`query_embeddings` and `gallery_embeddings` must have equal width, got {query.shape[1]} and "
                 f"{gallery.shape[1]}."
             )
+        if getattr(query, "device", None) != getattr(gallery, "device", None):  # a GPU multiplies only what it holds
+            query, gallery = _host(query), _host(gallery)
         query_norms = row_norms(query, "query_embeddings")
         gallery_norms = row_norms(gallery, "gallery_embeddings")
         longest = max(query_norms.max(), gallery_norms.max(), _MIN_NORM)
