@@ -119,7 +119,8 @@ class PretrainArguments:
     clip_gradients: float = option(3.0, "Largest norm of each parameter's gradient; 0 for no clipping.")
     gradient_checkpointing: bool = option(False, "Compute each layer again in the backward pass: slower, less memory.")
     freeze_last_layer_epochs: int = option(1, "Epochs during which the prototypes stay as they are.")
-    teacher_momentum: float = option(0.996, "Momentum of the teacher at the start; it rises to 1 (cosine).")
+    teacher_momentum: float = option(0.996, "Momentum of the teacher at the start.")
+    final_teacher_momentum: float = option(1.0, "Momentum of the teacher at the end (cosine).")
     teacher_temperature: float = option(0.04, "Teacher's [CLS] temperature after the warm-up.")
     warmup_teacher_temperature: float = option(0.04, "Both teacher temperatures at the start.")
     teacher_patch_temperature: float = option(0.07, "Teacher's patch temperature after the warm-up.")
@@ -339,7 +340,7 @@ def set_schedules(
     warmup_steps = min(plan.steps_in(args.warmup_epochs), plan.total_steps)
     rate = cosine(base=peak_rate, final=args.min_learning_rate, warmup_steps=warmup_steps)
     decay = cosine(base=args.weight_decay, final=args.final_weight_decay)
-    momentum = cosine(base=args.teacher_momentum, final=1.0)
+    momentum = cosine(base=args.teacher_momentum, final=args.final_teacher_momentum)
     for group in optimizer.param_groups:
         group["lr"] = rate
         group["weight_decay"] = decay if group["name"] == "decayed" else 0.0

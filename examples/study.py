@@ -62,6 +62,7 @@ CHANGES = {
         "teacher_patch_temperature": 0.07,
     },
     "teacher's momentum 0.996": {"teacher_momentum": 0.996},
+    "teacher's momentum stays at 0.99": {"final_teacher_momentum": 0.99},
     "half the learning rate": {"learning_rate": 0.0028},
     "twice the learning rate": {"learning_rate": 0.0112},
     "no local crops": {"num_local_crops": 0},
