@@ -49,7 +49,7 @@ class _ProcessedImages(torch.utils.data.Dataset):
             try:
                 image = decode_image(image, name)
             except ValueError as error:
-                return BrokenImage(name, str(error).removeprefix(f"{name}: "))
+                return BrokenImage(name, str(error))
         return index, self.processor(images=image, return_tensors="pt").pixel_values[0]
 
 
