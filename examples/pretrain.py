@@ -46,6 +46,7 @@ from personvit_hf.distributed import (
     make_accelerator,
     optimizer_step,
     split_frozen_group,
+    unwrap,
     whole_module,
 )
 from personvit_hf.hub import RunPublisher
@@ -53,13 +54,7 @@ from personvit_hf.masking import BlockMasking, PretrainingCrops, draw_views
 from personvit_hf.person_images import BrokenImageBudget, PersonImages
 from personvit_hf.preemption import StopRequest, ignore_stop_requests
 from personvit_hf.sampling import EpochSampler
-from personvit_hf.schedules import (
-    StepPlan,
-    is_due,
-    pretraining_parameter_groups,
-    teacher_temperature,
-    warmup_cosine,
-)
+from personvit_hf.schedules import StepPlan, is_due, pretraining_parameter_groups, teacher_temperature, warmup_cosine
 from personvit_hf.scripting import (
     MetricsLog,
     checkpoint_layers,
@@ -284,7 +279,7 @@ def prepare_run(args: PretrainArguments, accelerator: Accelerator) -> Run:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     set_seed(args.seed, device_specific=True)
     model, optimizer, dataloader = accelerator.prepare(model, optimizer, dataloader)
-    unwrapped = accelerator.unwrap_model(model)
+    unwrapped = unwrap(accelerator, model)
 
     plan = plan_steps(args, accelerator, dataloader)
     layout = {

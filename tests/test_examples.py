@@ -546,6 +546,26 @@ def assert_same_training(first: Path, second: Path) -> None:
     assert_close(a, b, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["pretrain.py", "finetune.py"])
+def test_a_compiled_run_saves_what_any_run_resumes_from(people, tmp_path, monkeypatch, script):
+    settings = {
+        "pretrain.py": PRETRAIN | {"data": people / "unlabelled"},
+        "finetune.py": FINETUNE | {"data": people / "market", "config_overrides": PRETRAIN["config_overrides"]},
+    }[script] | {"drop_path_rate": 0.0, "epochs": 1, "save_epochs": 1}
+    run(script, output_dir=tmp_path / "plain", **settings)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")  # as `accelerate launch --dynamo_backend` sets it
+    run(script, output_dir=tmp_path / "compiled", **settings)
+    monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND")
+    torch.compiler.reset()
+    plain, compiled = (latest_checkpoint(tmp_path / name / "checkpoints") for name in ("plain", "compiled"))
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        assert load_file(plain / file).keys() == load_file(compiled / file).keys()
+    np.testing.assert_allclose(column(tmp_path / "plain", "loss"), column(tmp_path / "compiled", "loss"), rtol=1e-3)
+    run(script, output_dir=tmp_path / "compiled", resume_from="latest", **settings | {"epochs": 2})
+    assert column(tmp_path / "compiled", "epoch").max() == 1
+
+
 def test_the_last_part_of_an_epoch_is_a_step_too(people, tmp_path):
     settings = PRETRAIN | {"batch_size": 7, "gradient_accumulation_steps": 2, "save_epochs": 1}
     settings |= {"final_teacher_momentum": 0.997}

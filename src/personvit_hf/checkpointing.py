@@ -23,7 +23,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from transformers import BaseImageProcessor
 
-from .distributed import whole_module
+from .distributed import whole_module, whole_weights
 from .files import check_manifest, flush_entry, flush_to_disk, rename_durably, write_manifest
 from .training_state import load_optimizer_state, load_random_states, optimizer_state, random_states, scaler_state
 
@@ -119,7 +119,7 @@ def save_checkpoint(
         TypeError: if a registered object's state is no JSON.
     """
     final = folder / f"step-{step:08d}"
-    weights = accelerator.get_state_dict(model)
+    weights = whole_weights(accelerator, model)
     optimizer_tensors = optimizer_state(accelerator, model, optimizer)
     generators = random_states(accelerator)
     position = json.dumps(_position(accelerator, optimizer), indent=1)

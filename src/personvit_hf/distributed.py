@@ -94,6 +94,16 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.FSDP
 
 
+def unwrap(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """The model as it was before `accelerator` prepared it, without what compiles it, too."""
+    return accelerator.unwrap_model(model, keep_torch_compile=False)
+
+
+def whole_weights(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.Tensor]:
+    """All weights of a prepared model by their names in the model itself. Call it on every process."""
+    return {name.replace("_orig_mod.", ""): value for name, value in accelerator.get_state_dict(model).items()}
+
+
 def whole_module(accelerator: Accelerator, model: nn.Module, name: str = "") -> nn.Module | None:
     """A module of the model that the main process can use alone, such as to score it. Call it on every process.
 
@@ -105,11 +115,11 @@ def whole_module(accelerator: Accelerator, model: nn.Module, name: str = "") -> 
     Returns:
         On the main process the module itself, or a copy on the CPU with all weights where they are sharded; else None.
     """
-    unwrapped = accelerator.unwrap_model(model)
+    unwrapped = unwrap(accelerator, model)
     module = getattr(unwrapped, name) if name else unwrapped
     if not is_sharded(accelerator):
         return module if accelerator.is_main_process else None
-    weights = accelerator.get_state_dict(model)
+    weights = whole_weights(accelerator, model)
     if not accelerator.is_main_process:
         return None
     prefix = f"{name}." if name else ""
@@ -150,7 +160,7 @@ def clip_gradients(accelerator: Accelerator, model: nn.Module, max_norm: float) 
     Returns:
         Norm over all gradients together before clipping, a scalar tensor.
     """
-    parameters = [p for p in accelerator.unwrap_model(model).parameters() if p.requires_grad]
+    parameters = [p for p in unwrap(accelerator, model).parameters() if p.requires_grad]
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         shards = [_deepspeed_gradient(parameter) for parameter in parameters]
         replicas = torch.ones(len(parameters))

@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType, gather_object
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from .distributed import deepspeed_partitions
+from .distributed import deepspeed_partitions, unwrap
 
 # between a parameter's name and that of one of its optimizer states, and between a process and one of its generators
 SEPARATOR = "/"
@@ -36,7 +36,7 @@ def optimizer_state(
         CPU tensors by `<parameter name>/<state>`, such as `head.weight/exp_avg`; on the main process, and empty on
         others.
     """
-    names = {parameter: name for name, parameter in accelerator.unwrap_model(model).named_parameters()}
+    names = {parameter: name for name, parameter in unwrap(accelerator, model).named_parameters()}
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return _deepspeed_state(accelerator, names, optimizer.optimizer)
     state = {}
@@ -69,7 +69,7 @@ def load_optimizer_state(
     for name, value in state.items():
         parameter, _, key = name.rpartition(SEPARATOR)
         by_name.setdefault(parameter, {})[key] = value
-    parameters = dict(accelerator.unwrap_model(model).named_parameters())
+    parameters = dict(unwrap(accelerator, model).named_parameters())
     for name, values in by_name.items():
         for key, value in values.items():
             _check_state(name, key, value, parameters.get(name))
