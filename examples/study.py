@@ -321,6 +321,7 @@ def scored(folder: Path, labelled: Path, split: str, robust: bool) -> dict[str, 
             if shift == 0:
                 figures |= {"mAP": result["mAP"], "Rank-1": result["rank1"]}
                 groups = result.get("by_group", {}).get("occlusion", []) if robust else []
+                groups = [group for group in groups if group["num_valid_queries"] >= 20]
                 figures |= {f"mAP, occluded {group['occlusion']}": group["mAP"] for group in groups}
             else:
                 figures[f"mAP, shifted {shift:.0%}"] = result["mAP"]
@@ -393,22 +394,25 @@ def plot(folder: Path, part: str, table: dict, names: list[str]) -> None:
     """A picture of a part: mAP by model; for `robustness`, each model's mAP by disturbance."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 3.2), layout="constrained")
-    kinds = list(dict.fromkeys(kind for _, kind in table))
+    figure = Figure(figsize=(7, 3.4), layout="constrained")
+    colors = {variant: f"C{i}" for i, variant in enumerate(dict.fromkeys(variant for variant, _ in table))}
+    kinds = sorted({kind for _, kind in table}, reverse=True)  # zero-shot first
     for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
         found = {variant: figures for (variant, other), figures in table.items() if other == kind}
         if part == "robustness":
             shown = [name for name in names if name.startswith("mAP")]
             for variant, figures in found.items():
-                axes.plot(range(len(shown)), [figures[name][0] for name in shown], marker="o", label=variant)
+                values = [figures[name][0] for name in shown]
+                axes.plot(range(len(shown)), values, marker="o", color=colors[variant], label=variant)
             axes.set_xticks(range(len(shown)), [name.removeprefix("mAP, ") for name in shown], rotation=45, ha="right")
-            axes.legend(fontsize="small")
         else:
             means, spreads = zip(*(figures["mAP"] for figures in found.values()), strict=True)
             axes.errorbar(range(len(found)), means, spreads, marker="o", capsize=3, linestyle="none")
             axes.set_xticks(range(len(found)), list(found), rotation=30, ha="right")
         axes.set(title=kind, ylabel="mAP, %")
         axes.grid(axis="y", alpha=0.3)
+    if part == "robustness":
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / f"{part}.png", dpi=150)
 
