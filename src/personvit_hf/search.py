@@ -269,7 +269,7 @@ def _qdrant_calls(client: Any) -> Iterator[None]:
 
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Local mode performs|Payload indexes have no effect")
+            warnings.filterwarnings("ignore", "Local mode|Payload indexes have no effect")
             yield
     except (ApiException, QdrantException) as error:
         told = " ".join(str(error).split()).rstrip(".")
