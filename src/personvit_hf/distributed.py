@@ -100,8 +100,12 @@ def unwrap(accelerator: Accelerator, model: nn.Module) -> nn.Module:
 
 
 def whole_weights(accelerator: Accelerator, model: nn.Module) -> dict[str, torch.Tensor]:
-    """All weights of a prepared model by their names in the model itself. Call it on every process."""
-    return {name.replace("_orig_mod.", ""): value for name, value in accelerator.get_state_dict(model).items()}
+    """All weights of a prepared model by their names in the model itself. Call it on every process.
+
+    Under ZeRO-3 they are on the main process, and none on others.
+    """
+    weights = accelerator.get_state_dict(model) or {}
+    return {name.replace("_orig_mod.", ""): value for name, value in weights.items()}
 
 
 def whole_module(accelerator: Accelerator, model: nn.Module, name: str = "") -> nn.Module | None:
