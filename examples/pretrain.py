@@ -388,7 +388,9 @@ def log_step(run: Run, step: Step, epoch: int, schedules: dict[str, float], temp
     losses = checked_losses(run, step)
     watched = {}
     if run.watch.wanted:
-        watched = {"gradient_norm": step.gradient_norm.item()} | run.watch.figures(**temperatures)
+        watched = run.watch.figures(**temperatures)
+        if math.isfinite(gradient_norm := step.gradient_norm.item()):  # fp16's scaler left the step out where it isn't
+            watched["gradient_norm"] = gradient_norm
     run.log.write(
         run.progress.step,
         epoch=epoch,

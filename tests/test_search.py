@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import numpy as np
@@ -126,7 +127,11 @@ def test_an_index_is_kept_and_one_of_another_model_is_refused(tmp_path):
     np.testing.assert_array_equal(built, again)
     with pytest.raises(ValueError, match="index of other embeddings"):
         FaissIndex(gallery_folder(tmp_path, weights="sha256:2"), "flat")
-    (tmp_path / "index-flat.json").unlink()
+    stamp = tmp_path / "index-flat.json"
+    stamp.write_text(json.dumps(json.loads(stamp.read_text()) | {"factory": "IVF8,PQ4"}))
+    with pytest.raises(ValueError, match="or of another kind"):
+        FaissIndex(folder, "flat")
+    stamp.unlink()
     with pytest.raises(ValueError, match="index of other embeddings"):
         FaissIndex(folder, "flat")
 

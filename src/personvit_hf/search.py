@@ -112,23 +112,25 @@ class FaissIndex:
         # One column, so that `datasets` has as many rows as the index; the vectors stay in the index.
         self.rows = datasets.Dataset.from_dict({"row": np.arange(self.size)})
         file, stamp_file = folder.path / f"index-{kind}.faiss", folder.path / f"index-{kind}.json"
-        stamp = {"weights": folder.weights, "num_images": self.size, "width": self.width, "kind": kind}
+        cells = int(2 ** np.round(np.log2(max(1, 2 * np.sqrt(self.size)))))
+        parts = self.width // next(part for part in (4, 2, 1) if self.width % part == 0)  # 4 bits each
+        factory = FAISS_KINDS[kind].format(cells=cells, parts=parts)
+        stamp = {"weights": folder.weights, "num_images": self.size, "width": self.width, "factory": factory}
         if file.is_file():
             found = json.loads(stamp_file.read_text()) if stamp_file.is_file() else None
             if found != stamp:
                 raise ValueError(
-                    f"{file} is an index of other embeddings ({found}; expected {stamp}). Remove it to build it anew."
+                    f"{file} is an index of other embeddings, or of another kind ({found}; expected {stamp}). Remove "
+                    "it to build it anew."
                 )
             self.rows.load_faiss_index("vectors", str(file))
         else:
             if kind == "ivfpq" and self.size < 16:  # values of 4 bits, learnt from the images
                 raise ValueError(f'"ivfpq" needs 16 images or more, {folder.path} has {self.size}: search it "exact".')
-            cells = int(2 ** np.round(np.log2(max(1, 2 * np.sqrt(self.size)))))
-            parts = self.width // next(part for part in (4, 2, 1) if self.width % part == 0)  # 4 bits each
             self.rows.add_faiss_index_from_external_arrays(
                 folder.embeddings,
                 "vectors",
-                string_factory=FAISS_KINDS[kind].format(cells=cells, parts=parts),
+                string_factory=factory,
                 batch_size=2**16,  # its threads share a batch
                 metric_type=faiss.METRIC_INNER_PRODUCT,
                 train_size=min(self.size, 64 * cells) if kind == "ivfpq" else None,
