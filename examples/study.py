@@ -10,8 +10,8 @@ seeds), `plots/` and each model's own run.
 
 Parts: `objective` (paper's Table 4: DINO + MIM, DINO alone, MIM alone; at equal steps and at equal time), `epochs`
 (Fig. 3: one long pre-training on little data, on the way), `data` (Table 5: 10, 30 and 100% of the pictures at equal
-steps, 30% chosen by CFS), `robustness` (occluded queries, shifted boxes; the models of `objective`), and, when asked
-for, `recipe` (single settings of the recipe changed, zero-shot).
+steps, 30% chosen by CFS), `robustness` (hidden, shifted and covered queries; the models of `objective`), and, when
+asked for, `recipe` (single settings of the recipe changed, zero-shot).
 """
 
 import json
@@ -49,7 +49,8 @@ OBJECTIVES = {
     },
     "MIM alone": {"config_overrides": {"dino_loss_weight": 0.0, "koleo_loss_weight": 0.0}, "num_local_crops": 0},
 }
-SHIFTS = (0.0, 0.1, 0.2)
+SHIFTS = (0.1, 0.2)
+COVERED = (0.2, 0.4)
 CHANGES = {
     "the recipe": {},
     "no KoLeo loss": {"config_overrides": {"koleo_loss_weight": 0.0}},
@@ -309,22 +310,20 @@ def labelled_data(args: StudyArguments) -> Path:
 
 
 def scored(folder: Path, labelled: Path, split: str, robust: bool) -> dict[str, float]:
-    """mAP and Rank-1 of a model; with `robust` also mAP by occlusion and for shifted boxes. Kept in the folder."""
+    """mAP and Rank-1 of a model; with `robust` also mAP of disturbed queries. Kept in the folder."""
     path = folder / f"scores-{split}{'-robust' if robust else ''}.json"
     if not path.is_file():
         dataset = load_reid_dataset(str(labelled))
         model, processor = load_embedding_model(str(folder)), AutoImageProcessor.from_pretrained(folder)
-        figures = {}
-        for shift in SHIFTS if robust else SHIFTS[:1]:
-            queries = dataset["query"] if shift == 0 else shifted(dataset["query"], shift)
-            result = score(model, processor, datasets.DatasetDict({**dataset, "query": queries}))
-            if shift == 0:
-                figures |= {"mAP": result["mAP"], "Rank-1": result["rank1"]}
-                groups = result.get("by_group", {}).get("occlusion", []) if robust else []
-                groups = [group for group in groups if group["num_valid_queries"] >= 20]
-                figures |= {f"mAP, occluded {group['occlusion']}": group["mAP"] for group in groups}
-            else:
-                figures[f"mAP, shifted {shift:.0%}"] = result["mAP"]
+        result = score(model, processor, dataset)
+        figures = {"mAP": result["mAP"], "Rank-1": result["rank1"]}
+        if robust:
+            groups = result.get("by_group", {}).get("occlusion", [])
+            groups = [group for group in groups if group["num_valid_queries"] >= 20]
+            figures |= {f"mAP, occluded {group['occlusion']}": group["mAP"] for group in groups}
+            for name, queries in disturbed(dataset["query"]):
+                result = score(model, processor, datasets.DatasetDict({**dataset, "query": queries}))
+                figures[f"mAP, {name}"] = result["mAP"]
         with written_aside(path, overwrite=True) as partial:
             partial.write_text(json.dumps(figures))
     return json.loads(path.read_text())
@@ -344,19 +343,38 @@ def checked(args: StudyArguments, folder: Path, kind: str, seed: int) -> dict[st
     return {"mAP, check data": scored(folder, Path(args.check_data), "check", robust=False)["mAP"]}
 
 
-def shifted(rows: datasets.Dataset, share: float) -> datasets.Dataset:
-    """Pictures whose boxes missed the person by `share` of their height and width, each in a direction of its own."""
-    images = []
-    for index, row in enumerate(rows):
-        picture = row["image"].convert("RGB")
-        signs = np.random.default_rng(index).choice([-1, 1], 2)
-        left, top = (round(sign * share * side) for sign, side in zip(signs, picture.size, strict=True))
-        pixels = np.pad(np.array(picture), ((abs(top),) * 2, (abs(left),) * 2, (0, 0)), mode="edge")
-        height, width = picture.height, picture.width
-        top, left = abs(top) + top, abs(left) + left
-        images.append(Image.fromarray(pixels[top : top + height, left : left + width]))
+def disturbed(rows: datasets.Dataset) -> Iterator[tuple[str, datasets.Dataset]]:
+    """Queries with what disturbs them: boxes that miss the person, and other people before them."""
+    pictures = [np.array(row["image"].convert("RGB")) for row in rows]
     kept = {name: rows[name] for name in rows.column_names if name != "image"}
-    return datasets.Dataset.from_dict({"image": images, **kept})
+    for word, shares, change in (("shifted", SHIFTS, shifted), ("covered", COVERED, covered)):
+        for share in shares:
+            images = [Image.fromarray(change(pictures, index, share)) for index in range(len(pictures))]
+            yield f"{word} {share:.0%}", datasets.Dataset.from_dict({"image": images, **kept})
+
+
+def shifted(pictures: list[np.ndarray], index: int, share: float) -> np.ndarray:
+    """A picture whose box missed the person by `share` of its height and width, in a direction of its own."""
+    picture = pictures[index]
+    height, width = picture.shape[:2]
+    signs = np.random.default_rng(index).choice([-1, 1], 2)
+    left, top = (round(sign * share * side) for sign, side in zip(signs, (width, height), strict=True))
+    pixels = np.pad(picture, ((abs(top),) * 2, (abs(left),) * 2, (0, 0)), mode="edge")
+    top, left = abs(top) + top, abs(left) + left
+    return pixels[top : top + height, left : left + width]
+
+
+def covered(pictures: list[np.ndarray], index: int, share: float) -> np.ndarray:
+    """A picture of which `share`, at its left, right or lower edge, shows the same place of another picture."""
+    rng = np.random.default_rng(index)
+    other = pictures[(index + rng.integers(1, max(2, len(pictures)))) % len(pictures)]
+    height, width = pictures[index].shape[:2]
+    other = np.array(Image.fromarray(other).resize((width, height)))
+    rows, columns = round(share * height), round(share * width)
+    hidden = (np.s_[:, :columns], np.s_[:, width - columns :], np.s_[height - rows :])[rng.integers(3)]
+    picture = pictures[index].copy()
+    picture[hidden] = other[hidden]
+    return picture
 
 
 def report(args: StudyArguments, rows: list[dict[str, Any]]) -> None:

@@ -129,17 +129,32 @@ def test_a_failed_run_is_tried_again(tmp_path, monkeypatch):
 
 def test_a_shifted_box_shows_the_same_person_elsewhere():
     picture = np.arange(20 * 10 * 3, dtype=np.uint8).reshape(20, 10, 3)
-    rows = datasets.Dataset.from_dict({"image": [Image.fromarray(picture)], "person_id": [3], "camera_id": [1]})
-    rows = rows.cast_column("image", datasets.Image())
-    moved = study.shifted(rows, 0.2)
-    found = np.array(moved[0]["image"])
-    assert found.shape == picture.shape and moved[0]["person_id"] == 3
+    found = study.shifted([picture], 0, 0.2)
+    assert found.shape == picture.shape
     overlaps = [
         (found[max(dy, 0) : 20 + min(dy, 0), max(dx, 0) : 10 + min(dx, 0)]
          == picture[max(-dy, 0) : 20 + min(-dy, 0), max(-dx, 0) : 10 + min(-dx, 0)]).all()
         for dy in (-4, 4) for dx in (-2, 2)
     ]  # fmt: skip
     assert sum(overlaps) == 1
+
+
+@pytest.mark.parametrize("index", range(6))
+def test_a_covered_picture_shows_another_one_at_an_edge(index):
+    pictures = [np.full((20, 10, 3), value, np.uint8) for value in range(6)]
+    found = study.covered(pictures, index, 0.4)
+    hidden = (found != index).all(-1)
+    assert hidden.mean() == pytest.approx(0.4) and len(np.unique(found[hidden])) == 1
+    assert (hidden.all(0) | ~hidden.any(0)).all() or (hidden.all(1) | ~hidden.any(1)).all()  # whole rows or columns
+    assert hidden[-1].any() and (pictures[index] == index).all()
+
+
+def test_disturbed_queries_keep_whose_they_are():
+    images = [Image.fromarray(np.full((20, 10, 3), value, np.uint8)) for value in range(2)]
+    rows = datasets.Dataset.from_dict({"image": images, "person_id": [3, 4], "camera_id": [1, 2]})
+    queries = dict(study.disturbed(rows.cast_column("image", datasets.Image())))
+    assert list(queries) == ["shifted 10%", "shifted 20%", "covered 20%", "covered 40%"]
+    assert all(changed["person_id"] == [3, 4] and changed["camera_id"] == [1, 2] for changed in queries.values())
 
 
 def test_the_summary_is_the_mean_and_spread_of_the_seeds():
@@ -179,7 +194,7 @@ def test_end_to_end(args):
     first = subprocess.run(command, capture_output=True, text=True)
     assert first.returncode == 0, first.stderr[-2000:]
     report = (Path(args.output_dir) / "study.md").read_text()
-    assert all(f"## {part}" in report for part in study.PARTS[:-1]) and "mAP, shifted 20%" in report
+    assert all(f"## {part}" in report for part in study.PARTS[:-1]) and "mAP, covered 40%" in report
     assert "mAP, check data" in report and "| 30% by CFS | fine-tuned |" in report
     assert len(list((Path(args.output_dir) / "plots").iterdir())) == len(study.PARTS) - 1
     again = subprocess.run(command, capture_output=True, text=True)
