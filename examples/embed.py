@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 from accelerate import PartialState
-from transformers import AutoImageProcessor
 
 from personvit_hf import embed_images, load_person_images
-from personvit_hf.scripting import load_embedding_model, option, parse_arguments
+from personvit_hf.loading import load_embedder
+from personvit_hf.scripting import option, parse_arguments
 
 
 @dataclass
@@ -24,18 +24,17 @@ class EmbedArguments:
     model: str = field(metadata={"help": "Checkpoint folder or Hub name."})
     data: str = field(metadata={"help": "Folder of images, folder or file of parquet, or a Hub data set."})
     output: str = field(metadata={"help": "The .npz file to write."})
-    batch_size: int = option(64, "Images a forward pass.")
-    num_workers: int = option(2, "Processes that load images.")
-    max_broken_share: float = option(0.01, "Largest share of images that may be broken; those are left out.")
+    batch_size: int = option(64, "Images a forward pass.", least=1)
+    num_workers: int = option(2, "Processes that load images.", least=0)
+    max_broken_share: float = option(0.01, "Largest share of broken images, which are left out.", least=0, most=1)
 
 
 def main() -> None:
     args = parse_arguments(EmbedArguments)
-    model = load_embedding_model(args.model).to(PartialState().device)
-    processor = AutoImageProcessor.from_pretrained(args.model)
+    model, processor = load_embedder(args.model)
     images = load_person_images(args.data)
     embeddings = embed_images(
-        model,
+        model.to(PartialState().device),
         processor,
         images,
         batch_size=args.batch_size,

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from accelerate import PartialState
-from transformers import AutoImageProcessor
 
 from personvit_hf import load_reid_dataset
-from personvit_hf.scripting import load_embedding_model, option, parse_arguments, score
+from personvit_hf.loading import load_embedder
+from personvit_hf.scripting import option, parse_arguments, score
 
 
 @dataclass
@@ -23,18 +23,19 @@ class EvaluationArguments:
     data: str = field(metadata={"help": "Labelled data set with query and gallery."})
     output: str | None = option(None, "JSON file for the figures.")
     use_cameras: bool = option(False, "Tell the model each image's camera (models with side information).")
-    batch_size: int = option(64, "Images a forward pass.")
-    num_workers: int = option(2, "Processes that load images.")
+    batch_size: int = option(64, "Images a forward pass.", least=1)
+    num_workers: int = option(2, "Processes that load images.", least=0)
 
 
 def main() -> None:
     args = parse_arguments(EvaluationArguments)
-    model = load_embedding_model(args.model).to(PartialState().device)
+    model, processor = load_embedder(args.model)
     if args.use_cameras and not model.config.num_cameras:
         raise ValueError(f"`use_cameras`: {args.model} was trained without cameras (`num_cameras` is 0).")
-    processor = AutoImageProcessor.from_pretrained(args.model)
     dataset = load_reid_dataset(args.data)
-    result = score(model, processor, dataset, args.use_cameras, args.batch_size, args.num_workers)
+    result = score(
+        model.to(PartialState().device), processor, dataset, args.use_cameras, args.batch_size, args.num_workers
+    )
 
     num_queries, num_valid = len(dataset["query"]), result["num_valid_queries"]
     print(f"{args.model} on {args.data}: {num_valid} of {num_queries} queries have a match")

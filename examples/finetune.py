@@ -35,6 +35,7 @@ from personvit_hf.checkpointing import (
 )
 from personvit_hf.distributed import make_accelerator, whole_module
 from personvit_hf.hub import RunPublisher
+from personvit_hf.loading import load_pretrained
 from personvit_hf.person_images import BrokenImage, BrokenImageBudget, PersonImages
 from personvit_hf.preemption import StopRequest, ignore_stop_requests
 from personvit_hf.reid_data import person_labels
@@ -45,7 +46,6 @@ from personvit_hf.scripting import (
     checkpoint_layers,
     collate,
     default_attention,
-    load_pretrained,
     option,
     parse_arguments,
     parse_overrides,
@@ -71,34 +71,34 @@ class FinetuneArguments:
     # images
     image_size: list[int] = option([256, 128], "Height and width in pixels.")
     image_mean: list[float] = option([0.5, 0.5, 0.5], "Mean of the channels scaled to [0, 1].")
-    image_std: list[float] = option([0.5, 0.5, 0.5], "Standard deviation of the channels scaled to [0, 1].")
-    flip_probability: float = option(0.5, "Share of flipped images.")
-    padding: int = option(10, "Pixels padded on each side before the random crop.")
-    erasing_probability: float = option(0.5, "Share of images with a random rectangle erased.")
+    image_std: list[float] = option([0.5, 0.5, 0.5], "Standard deviation of the channels scaled to [0, 1].", above=0)
+    flip_probability: float = option(0.5, "Share of flipped images.", least=0, most=1)
+    padding: int = option(10, "Pixels padded on each side before the random crop.", least=0)
+    erasing_probability: float = option(0.5, "Share of images with a random rectangle erased.", least=0, most=1)
     # optimization
-    epochs: int = option(120, "Passes over the identities.")
-    identities_per_batch: int = option(16, "P: identities in a batch, per process.")
-    images_per_identity: int = option(4, "K: images of each identity in a batch.")
-    gradient_accumulation_steps: int = option(1, "Batches per optimizer step.")
+    epochs: int = option(120, "Passes over the identities.", least=1)
+    identities_per_batch: int = option(16, "P: identities in a batch, per process.", least=1)
+    images_per_identity: int = option(4, "K: images of each identity in a batch.", least=1)
+    gradient_accumulation_steps: int = option(1, "Batches per optimizer step.", least=1)
     gradient_checkpointing: bool = option(False, "Compute each layer again in the backward pass: slower, less memory.")
     optimizer: str = option("sgd", "sgd (momentum 0.9, the paper's) or adamw.")
-    learning_rate: float = option(4e-4, "Base rate; biases learn at twice this rate.")
-    warmup_epochs: int = option(20, "Epochs of warm-up from 0.01 of the base rate.")
-    weight_decay: float = option(1e-4, "Weight decay.")
+    learning_rate: float = option(4e-4, "Base rate; biases learn at twice this rate.", least=0)
+    warmup_epochs: int = option(20, "Epochs of warm-up from 0.01 of the base rate.", least=0)
+    weight_decay: float = option(1e-4, "Weight decay.", least=0)
     # the run
     seed: int = option(0, "Seed of everything random.")
-    num_workers: int = option(4, "Processes that load images, for each training process.")
+    num_workers: int = option(4, "Processes that load images, for each training process.", least=0)
     mixed_precision: str | None = option(None, "no, fp16 or bf16; None follows accelerate's configuration.")
-    max_broken_share: float = option(0.01, "Largest share of images that may be broken before the run stops.")
-    logging_steps: int = option(10, "Optimizer steps between two lines of metrics.jsonl.")
-    save_epochs: int = option(10, "Epochs between two checkpoints; 0 for none.")
-    keep_checkpoints: int = option(2, "Checkpoints kept.")
+    max_broken_share: float = option(0.01, "Share of broken images above which the run stops.", least=0, most=1)
+    logging_steps: int = option(10, "Optimizer steps between two lines of metrics.jsonl.", least=0)
+    save_epochs: int = option(10, "Epochs between two checkpoints; 0 for none.", least=0)
+    keep_checkpoints: int = option(2, "Checkpoints kept.", least=1)
     resume_from: str | None = option(None, "A checkpoint's folder, or `latest`.")
-    eval_epochs: int = option(0, "Epochs between two scores on query and gallery; 0 for one at the end.")
+    eval_epochs: int = option(0, "Epochs between two scores on query and gallery; 0 for one at the end.", least=0)
     keep_best: bool = option(
         False, "Keep the model with the highest mAP in `best`; it becomes the run's result, chosen on the test data."
     )
-    timeout_minutes: float = option(30.0, "Minutes that processes wait for each other before they give up.")
+    timeout_minutes: float = option(30.0, "Minutes that processes wait for each other before they give up.", above=0)
     report_to: str | None = option(None, "tensorboard, trackio or wandb (several with commas), beside metrics.jsonl.")
     push_to_hub: bool = option(
         False, "Push model, processor, card and code to the Hub: in the background, and at the end."

@@ -50,6 +50,7 @@ from personvit_hf.distributed import (
     whole_module,
 )
 from personvit_hf.hub import RunPublisher
+from personvit_hf.loading import load_pretrained
 from personvit_hf.masking import BlockMasking, PretrainingCrops, draw_views
 from personvit_hf.person_images import BrokenImageBudget, PersonImages
 from personvit_hf.preemption import StopRequest, ignore_stop_requests
@@ -60,7 +61,6 @@ from personvit_hf.scripting import (
     checkpoint_layers,
     collate,
     default_attention,
-    load_pretrained,
     option,
     parse_arguments,
     parse_overrides,
@@ -90,7 +90,7 @@ class PretrainArguments:
     # crops and masks
     image_size: list[int] = option([256, 128], "Height and width of the global crops in pixels.")
     local_size: list[int] = option([128, 64], "Height and width of the local crops in pixels.")
-    num_local_crops: int = option(8, "Local crops per image.")
+    num_local_crops: int = option(8, "Local crops per image.", least=0)
     global_scale: list[float] = option([0.4, 1.0], "Smallest and largest area of a global crop, as a share.")
     local_scale: list[float] = option([0.05, 0.4], "Smallest and largest area of a local crop, as a share.")
     aspect_ratio: list[float] = option([0.375, 0.667], "Smallest and largest width / height cut out for a crop.")
@@ -103,41 +103,41 @@ class PretrainArguments:
     mask_ratios: list[float] = option([0.0, 0.3], "Each global crop takes one of these shares of masked patches ...")
     mask_ratio_spreads: list[float] = option([0.0, 0.2], "... plus or minus the share of the same position here.")
     # optimization
-    epochs: int = option(100, "Passes over the data.")
-    batch_size: int = option(64, "Images per process and step.")
-    gradient_accumulation_steps: int = option(1, "Batches per optimizer step.")
-    learning_rate: float = option(5e-4, "Peak rate for 256 images a step; scaled with the images of all processes.")
-    min_learning_rate: float = option(1e-6, "Final rate.")
-    warmup_epochs: float = option(10.0, "Epochs of linear warm-up.")
-    weight_decay: float = option(0.04, "Weight decay at the start.")
-    final_weight_decay: float = option(0.4, "Weight decay at the end (cosine).")
-    clip_gradients: float = option(3.0, "Largest norm of each parameter's gradient; 0 for no clipping.")
+    epochs: int = option(100, "Passes over the data.", least=1)
+    batch_size: int = option(64, "Images per process and step.", least=1)
+    gradient_accumulation_steps: int = option(1, "Batches per optimizer step.", least=1)
+    learning_rate: float = option(5e-4, "Peak rate for 256 images a step; scaled with all processes' images.", least=0)
+    min_learning_rate: float = option(1e-6, "Final rate.", least=0)
+    warmup_epochs: float = option(10.0, "Epochs of linear warm-up.", least=0)
+    weight_decay: float = option(0.04, "Weight decay at the start.", least=0)
+    final_weight_decay: float = option(0.4, "Weight decay at the end (cosine).", least=0)
+    clip_gradients: float = option(3.0, "Largest norm of each parameter's gradient; 0 for no clipping.", least=0)
     gradient_checkpointing: bool = option(False, "Compute each layer again in the backward pass: slower, less memory.")
-    freeze_last_layer_epochs: int = option(1, "Epochs during which the prototypes stay as they are.")
-    teacher_momentum: float = option(0.996, "Momentum of the teacher at the start.")
-    final_teacher_momentum: float = option(1.0, "Momentum of the teacher at the end (cosine).")
-    teacher_temperature: float = option(0.04, "Teacher's [CLS] temperature after the warm-up.")
-    warmup_teacher_temperature: float = option(0.04, "Both teacher temperatures at the start.")
-    teacher_patch_temperature: float = option(0.07, "Teacher's patch temperature after the warm-up.")
-    warmup_temperature_epochs: int = option(30, "Epochs of the temperatures' linear warm-up.")
+    freeze_last_layer_epochs: int = option(1, "Epochs during which the prototypes stay as they are.", least=0)
+    teacher_momentum: float = option(0.996, "Momentum of the teacher at the start.", least=0, most=1)
+    final_teacher_momentum: float = option(1.0, "Momentum of the teacher at the end (cosine).", least=0, most=1)
+    teacher_temperature: float = option(0.04, "Teacher's [CLS] temperature after the warm-up.", above=0)
+    warmup_teacher_temperature: float = option(0.04, "Both teacher temperatures at the start.", above=0)
+    teacher_patch_temperature: float = option(0.07, "Teacher's patch temperature after the warm-up.", above=0)
+    warmup_temperature_epochs: int = option(30, "Epochs of the temperatures' linear warm-up.", least=0)
     # the run
     seed: int = option(0, "Seed of everything random.")
-    num_workers: int = option(4, "Processes that load images, for each training process.")
+    num_workers: int = option(4, "Processes that load images, for each training process.", least=0)
     mixed_precision: str | None = option(None, "no, fp16 or bf16; None follows accelerate's configuration.")
-    max_broken_share: float = option(0.01, "Largest share of images that may be broken before the run stops.")
-    logging_steps: int = option(10, "Optimizer steps between two lines of metrics.jsonl.")
+    max_broken_share: float = option(0.01, "Share of broken images above which the run stops.", least=0, most=1)
+    logging_steps: int = option(10, "Optimizer steps between two lines of metrics.jsonl.", least=0)
     watch_steps: int = option(
-        50, "Optimizer steps between two looks at the teacher: spread, entropies ...; 0 for none."
+        50, "Optimizer steps between two looks at the teacher: spread, entropies ...; 0 for none.", least=0
     )
     stop_on_collapse: bool = option(True, "Stop when three looks in a row show a collapse.")
-    skip_nonfinite_steps: int = option(0, "Steps of the run that may be skipped as their gradients are no numbers.")
-    save_epochs: float = option(1.0, "Epochs (or a part of one) between two checkpoints; 0 for none.")
-    keep_checkpoints: int = option(2, "Checkpoints kept.")
+    skip_nonfinite_steps: int = option(0, "Steps that may be skipped as their gradients are no numbers.", least=0)
+    save_epochs: float = option(1.0, "Epochs (or a part of one) between two checkpoints; 0 for none.", least=0)
+    keep_checkpoints: int = option(2, "Checkpoints kept.", least=1)
     resume_from: str | None = option(None, "A checkpoint's folder, or `latest`.")
     eval_data: str | None = option(None, "Labelled data set to score the teacher on during training.")
-    eval_epochs: int = option(10, "Epochs between two scores.")
+    eval_epochs: int = option(10, "Epochs between two scores.", least=0)
     keep_best: bool = option(False, "Keep the model with the highest mAP in `best`; it becomes the run's result.")
-    timeout_minutes: float = option(30.0, "Minutes that processes wait for each other before they give up.")
+    timeout_minutes: float = option(30.0, "Minutes that processes wait for each other before they give up.", above=0)
     report_to: str | None = option(None, "tensorboard, trackio or wandb (several with commas), beside metrics.jsonl.")
     push_to_hub: bool = option(
         False, "Push model, processor, card and code to the Hub: in the background, and at the end."

@@ -30,12 +30,12 @@ import datasets
 import numpy as np
 from filelock import FileLock
 from PIL import Image
-from transformers import AutoImageProcessor
 
 from personvit_hf import load_person_images, load_reid_dataset
 from personvit_hf.checkpointing import list_checkpoints
 from personvit_hf.files import written_aside
-from personvit_hf.scripting import load_embedding_model, option, parse_arguments, read_settings, score
+from personvit_hf.loading import load_embedder
+from personvit_hf.scripting import option, parse_arguments, read_settings, score
 
 EXAMPLES = Path(__file__).resolve().parent
 PARTS = ("objective", "epochs", "data", "robustness", "recipe")
@@ -314,7 +314,7 @@ def scored(folder: Path, labelled: Path, split: str, robust: bool) -> dict[str, 
     path = folder / f"scores-{split}{'-robust' if robust else ''}.json"
     if not path.is_file():
         dataset = load_reid_dataset(str(labelled))
-        model, processor = load_embedding_model(str(folder)), AutoImageProcessor.from_pretrained(folder)
+        model, processor = load_embedder(str(folder))
         result = score(model, processor, dataset)
         figures = {"mAP": result["mAP"], "Rank-1": result["rank1"]}
         if robust:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from golden_fixtures import tiny_config
@@ -107,6 +109,13 @@ def test_misspelt_setting_is_rejected(misspelt, meant):
         ({"stem": "ics", "patch_size": 1, "image_size": [4, 4]}, "ics.*even `patch_size`.*1"),
         ({"num_part_tokens": -1}, "num_part_tokens.*-1"),
         ({"student_temperature": 0.0}, "student_temperature"),
+        ({"student_temperature": math.nan}, "student_temperature"),
+        ({"layer_norm_eps": -1.0}, "layer_norm_eps"),
+        ({"intermediate_size": 0}, "intermediate_size"),
+        ({"num_cls_prototypes": 0}, "num_cls_prototypes"),
+        ({"hidden_dropout_prob": 2}, "hidden_dropout_prob"),
+        ({"initializer_range": -1.0}, "initializer_range"),
+        ({"mim_loss_weight": math.nan}, "mim_loss_weight"),
         ({"share_projection_head": True, "share_teacher_projection_head": False}, "share_teacher_projection_head"),
         ({"share_teacher_projection_head": True}, "num_patch_prototypes=8192.*num_cls_prototypes=65536"),
     ],

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from transformers import ViTConfig, ViTModel
 
 from personvit_hf import (
     PersonViTConfig,
@@ -23,7 +22,6 @@ from personvit_hf.scripting import (
     MetricsLog,
     checkpoint_layers,
     default_attention,
-    load_pretrained,
     option,
     parse_arguments,
     parse_overrides,
@@ -42,8 +40,8 @@ SIZES = {
 @dataclass
 class Arguments:
     data: str = field(metadata={"help": "Where the data lie."})
-    sizes: list[int] = option([256, 128], "Height and width.")
-    rate: float = option(0.5, "Learning rate.")
+    sizes: list[int] = option([256, 128], "Height and width.", least=1)
+    rate: float = option(0.5, "Learning rate.", above=0, most=1)
     epochs: int = option(3, "Epochs.")
     overrides: str = option("{}", "JSON.")
     fast: bool = option(False, "Whether to hurry.")
@@ -109,6 +107,16 @@ def test_wrong_values_in_the_file_are_named(tmp_path, settings, capsys):
     with pytest.raises(SystemExit):
         parse_arguments(Arguments, ["--config", settings_file(tmp_path, data="x", **settings)])
     assert f"--{next(iter(settings))}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "nan", "inf"])
+def test_numbers_outside_their_range_are_named(tmp_path, value):
+    with pytest.raises(
+        ValueError, match=rf"`rate` must be a finite number, above 0 and at most 1; got {float(value)}"
+    ):
+        parse_arguments(Arguments, ["--data", "x", "--rate", value])
+    with pytest.raises(ValueError, match="`sizes` must be a finite number, at least 1; got 0"):
+        parse_arguments(Arguments, ["--config", settings_file(tmp_path, data="x", sizes=[8, 0])])
 
 
 @pytest.mark.parametrize("text, found", [("- a\n- b\n", "found list"), ("", "found NoneType"), ("a: [", "not a YAML")])
@@ -212,76 +220,6 @@ def test_a_loss_that_is_no_number_stops_the_run(value):
         require_finite(7, "runs/x", dino_loss=1.0, mim_loss=value)
     assert "learning rate" in str(caught.value)
     require_finite(7, "runs/x", dino_loss=1.0, mim_loss=0.0)
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoints")
-    torch.manual_seed(0)
-    PersonViTModel(PersonViTConfig(**SIZES)).save_pretrained(folder / "backbone")
-    PersonViTForPreTraining(PersonViTConfig(**SIZES)).save_pretrained(folder / "pretraining")
-    PersonViTForReID(PersonViTConfig(**SIZES, num_labels=4)).save_pretrained(folder / "reid")
-    vit = {name: SIZES[name] for name in ("hidden_size", "num_attention_heads", "num_hidden_layers", "patch_size")}
-    ViTModel(ViTConfig(**vit, intermediate_size=64, image_size=32)).save_pretrained(folder / "vit")
-    return folder
-
-
-@pytest.mark.parametrize("source", ["backbone", "pretraining", "reid"])
-@pytest.mark.parametrize("model_class", [PersonViTForPreTraining, PersonViTForReID])
-def test_every_kind_of_checkpoint_gives_its_backbone(checkpoints, source, model_class):
-    backbone = PersonViTModel.from_pretrained(checkpoints / source).state_dict()
-    model = load_pretrained(model_class, str(checkpoints / source), drop_path_rate=0.3, num_labels=4)
-    assert model.config.drop_path_rate == 0.3
-    loaded = model.personvit.state_dict()
-    assert set(backbone) - set(loaded) <= {"embeddings.mask_token"}
-    for name in set(backbone) & set(loaded):
-        assert torch.equal(backbone[name], loaded[name])
-
-
-def test_cameras_may_be_new(checkpoints, tmp_path):
-    model = load_pretrained(PersonViTForReID, str(checkpoints / "pretraining"), num_cameras=6)
-    assert model.personvit.embeddings.side_embeddings.shape == (6, 1, 32)
-    model.save_pretrained(tmp_path)
-    model = load_pretrained(PersonViTForReID, str(tmp_path), num_cameras=8)
-    assert 0.015 < model.personvit.embeddings.side_embeddings.std() < 0.025
-
-
-def test_checkpoint_of_another_architecture(checkpoints):
-    with pytest.raises(ValueError, match="another architecture.*'vit'.*'personvit'") as caught:
-        load_pretrained(PersonViTForReID, str(checkpoints / "vit"))
-    assert str(checkpoints / "vit") in str(caught.value)
-
-
-@pytest.mark.parametrize("found", ["nothing", "an empty folder", "an official file"])
-def test_no_checkpoint(tmp_path, found):
-    path = tmp_path / "model.pth"
-    if found == "an empty folder":
-        path.mkdir()
-    if found == "an official file":
-        torch.save({"cls_token": torch.zeros(1)}, path)
-    with pytest.raises(FileNotFoundError, match=r"model\.pth: neither .*`convert_checkpoint`"):
-        load_pretrained(PersonViTForReID, str(path))
-
-
-def test_people_may_be_others(checkpoints):
-    model = load_pretrained(PersonViTForReID, str(checkpoints / "reid"), num_labels=1000)
-    assert model.classifier.weight.shape == (1000, 32)
-    assert 0.0009 < model.classifier.weight.std() < 0.0011  # new, as in a new model
-    kept = PersonViTForReID.from_pretrained(checkpoints / "reid").bottleneck
-    assert torch.equal(model.bottleneck.weight, kept.weight)
-
-
-@pytest.mark.parametrize(
-    "overrides, example",
-    [
-        ({"num_hidden_layers": 3}, r"12 parameters .* personvit\.layers\.2\."),
-        ({"intermediate_size": 48}, r"6 parameters .* personvit\.layers\.0\.mlp\.fc1\.bias"),
-        ({"image_size": [64, 16]}, r"1 parameters .* personvit\.embeddings\.position_embeddings"),
-    ],
-)
-def test_settings_that_would_leave_parts_of_the_backbone_random(checkpoints, overrides, example):
-    with pytest.raises(ValueError, match=f"{example}.*`config_overrides`"):
-        load_pretrained(PersonViTForReID, str(checkpoints / "pretraining"), **overrides)
 
 
 def test_score_ranks_the_embeddings_of_query_and_gallery():

@@ -17,7 +17,6 @@ from typing import Any
 
 import datasets
 import numpy as np
-from transformers import AutoImageProcessor
 
 from .app_page import (
     MAX_UPLOAD_BYTES,
@@ -33,10 +32,10 @@ from .app_page import (
     thumbnail,
 )
 from .embedding import ID_COLUMNS, embed_images, model_fingerprint, read_embeddings
+from .loading import load_embedder, read_config
 from .patches import PatchTokens, cluster_parts, match_patches, patch_tokens
 from .person_images import BrokenImage, PersonImages, resolve_source
 from .reid_data import load_reid_dataset
-from .scripting import load_embedding_model, read_config
 from .search import ExactIndex, load_gallery_images
 from .visualization import draw_attention, draw_correspondences, draw_parts
 
@@ -54,7 +53,7 @@ class _Model:
     @cached_property
     def loaded(self) -> tuple[Any, Any]:
         """Model and image processor."""
-        return load_embedding_model(self.path), AutoImageProcessor.from_pretrained(self.path)
+        return load_embedder(self.path)
 
     def patches(self, images: list[np.ndarray]) -> PatchTokens:
         """Patches of pictures of any size, finer than in a search if that is coarse; the features are a search's."""

@@ -25,6 +25,7 @@ from transformers import BaseImageProcessor
 
 from .distributed import whole_module, whole_weights
 from .files import check_manifest, flush_entry, flush_to_disk, rename_durably, write_manifest
+from .loading import nonfinite_weights
 from .training_state import load_optimizer_state, load_random_states, optimizer_state, random_states, scaler_state
 
 logger = logging.getLogger(__name__)
@@ -171,8 +172,14 @@ def save_model(accelerator: Accelerator, model: torch.nn.Module, processor: Base
 
     Raises:
         OSError: on every process, if they can't be written; the message says where. Checkpoints are untouched.
+        FloatingPointError: on the main process, if the weights are no numbers any more.
     """
     whole = whole_module(accelerator, model)
+    if accelerator.is_main_process and (broken := nonfinite_weights(whole)):
+        raise FloatingPointError(
+            f"Training has diverged: {len(broken)} weights hold NaN or infinity, such as {min(broken)}. {folder} was "
+            "not written; resume from a checkpoint with a lower learning rate."
+        )
 
     def write() -> None:
         with _beside(folder) as partial:

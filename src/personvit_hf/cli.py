@@ -123,10 +123,13 @@ def export(
     unused = sorted(given.keys() - takes.get(to, set()))
     if unused:
         raise ValueError(f"--to {to.value} takes no {' or '.join(unused)}.")
+    import torch
+
     from . import export as exporters
+    from .loading import load_embedder
 
     write = getattr(exporters, f"export_{to.value}")
-    loaded, processor = exporters.load_for_export(model, revision)
+    loaded, processor = load_embedder(model, revision, torch.float32)
     write(loaded, processor, output, half=half, overwrite=overwrite, **given)
     typer.echo(f"{type(loaded).__name__} of {model} written to {output} for {to.value}.")
 
@@ -157,19 +160,18 @@ def embed(
 ) -> None:
     """Embed images into a folder; on several processes by `accelerate launch $(which personvit) embed`."""
     from accelerate import Accelerator
-    from transformers import AutoImageProcessor
 
     from .embedding import write_embeddings
-    from .scripting import load_embedding_model
+    from .loading import load_embedder
     from .search import load_gallery_images
 
     # PartialState would not see that several processes on a CPU belong together
     state = Accelerator()
-    network = load_embedding_model(model).to(state.device)
+    network, processor = load_embedder(model)
     images = load_gallery_images(data, split)
     made = write_embeddings(
-        network,
-        AutoImageProcessor.from_pretrained(model),
+        network.to(state.device),
+        processor,
         images,
         out,
         # absolute, for a search from another folder
@@ -202,14 +204,15 @@ def evaluate(
     import json
 
     from accelerate import PartialState
-    from transformers import AutoImageProcessor
 
+    from .loading import load_embedder
     from .reid_data import load_reid_dataset
-    from .scripting import load_embedding_model, score
+    from .scripting import score
 
+    network, processor = load_embedder(model)
     figures = score(
-        load_embedding_model(model).to(PartialState().device),
-        AutoImageProcessor.from_pretrained(model),
+        network.to(PartialState().device),
+        processor,
         load_reid_dataset(data),
         batch_size=batch_size,
         num_workers=num_workers,
@@ -267,15 +270,14 @@ def search(
 ) -> None:
     """Find the gallery images most like a query."""
     from accelerate import PartialState
-    from transformers import AutoImageProcessor
 
     from .embedding import embed_images, model_fingerprint, read_embeddings
-    from .scripting import load_embedding_model
+    from .loading import load_embedder
     from .search import draw_results, open_index
 
     folder = read_embeddings(gallery)
     model = model or folder.settings["model"]
-    network, processor = load_embedding_model(model), AutoImageProcessor.from_pretrained(model)
+    network, processor = load_embedder(model)
     folder.require_model(model_fingerprint(network, processor))
     vectors = embed_images(network.to(PartialState().device), processor, query)
     searched = open_index(folder, index, qdrant_url)
@@ -421,16 +423,14 @@ def from_video(
 
 def _embedded(name: str, images: Any, data: str, folder: Path, **options: Any) -> Any:
     """The features in a folder of `personvit embed`; or those of a checkpoint, made in `folder`."""
-    from transformers import AutoImageProcessor
-
     from .embedding import SETTINGS_FILE, read_embeddings, write_embeddings
-    from .scripting import load_embedding_model
+    from .loading import load_embedder
 
     if (Path(name) / SETTINGS_FILE).is_file():
         return read_embeddings(name)
     from accelerate import PartialState
 
-    network, processor = load_embedding_model(name), AutoImageProcessor.from_pretrained(name)
+    network, processor = load_embedder(name)
     source = {"model": _absolute(name), "data": _absolute(data), "split": None}
     write_embeddings(network.to(PartialState().device), processor, images, folder, source, **options)
     return read_embeddings(folder)

@@ -162,13 +162,11 @@ def map(
 
 def _load(model: str, out: Path) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """The model and its image processor, once it is known that the picture can be written."""
-    from transformers import AutoImageProcessor
-
-    from .scripting import load_embedding_model
+    from .loading import load_embedder
     from .visualization import check_figure_name
 
     check_figure_name(out)
-    return load_embedding_model(model), AutoImageProcessor.from_pretrained(model)
+    return load_embedder(model)
 
 
 def _save(figure: Figure, out: Path, dpi: int) -> None:

@@ -1,12 +1,25 @@
 """Configuration of the PersonViT models."""
 
 import difflib
+import math
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 # (hidden size, attention heads, layers) of ViT-Ti/S/B/L
 PRESETS = {"tiny": (192, 3, 12), "small": (384, 6, 12), "base": (768, 12, 12), "large": (1024, 16, 24)}
+
+COUNTS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size", "num_channels")
+COUNTS += ("projection_hidden_size", "projection_bottleneck_size", "num_cls_prototypes", "num_patch_prototypes")
+SHARES = (
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "drop_path_rate",
+    "center_momentum",
+    "label_smoothing",
+)
+FINITE = ("initializer_range", "side_information_scale", "triplet_margin", "dino_loss_weight", "mim_loss_weight")
+FINITE += ("koleo_loss_weight", "id_loss_weight", "triplet_loss_weight")
 
 
 @strict
@@ -139,13 +152,13 @@ class PersonViTConfig(PreTrainedConfig):
 
     def validate_sizes(self):
         """Counts are counts, shares are shares, and a grid of whole patches fits in the image."""
-        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "num_channels"):
+        for name in COUNTS:
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         for name in ("num_cameras", "num_views", "num_part_tokens"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must be 0 (none) or more, got {getattr(self, name)}.")
-        for name in ("drop_path_rate", "center_momentum", "label_smoothing"):
+        for name in SHARES:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must lie in [0, 1], got {getattr(self, name)}.")
         if self.patch_stride is not None and not 1 <= self.patch_stride <= self.patch_size:
@@ -172,8 +185,14 @@ class PersonViTConfig(PreTrainedConfig):
             )
         if self.neck_feature not in ("before", "after"):
             raise ValueError(f"`neck_feature` must be 'before' or 'after' the BNNeck, got {self.neck_feature!r}.")
-        if self.student_temperature <= 0:
-            raise ValueError(f"`student_temperature` must be positive, got {self.student_temperature}.")
+        for name in ("student_temperature", "layer_norm_eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` must be a positive number, got {getattr(self, name)}.")
+        for name in FINITE:
+            if not math.isfinite(getattr(self, name) or 0):
+                raise ValueError(f"`{name}` must be a finite number, got {getattr(self, name)}.")
+        if self.initializer_range < 0:
+            raise ValueError(f"`initializer_range` must be 0 or more, got {self.initializer_range}.")
         if self.share_projection_head and self.share_teacher_projection_head is False:
             raise ValueError("`share_projection_head=True` needs `share_teacher_projection_head=True` (or None).")
         only_teacher = self.share_teacher_projection_head and not self.share_projection_head

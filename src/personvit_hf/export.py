@@ -17,11 +17,10 @@ from pathlib import Path
 
 import torch
 from PIL.Image import Resampling
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils.parametrize import register_parametrization
-from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor, ViTConfig, ViTImageProcessor
+from transformers import BaseImageProcessor, ViTConfig, ViTImageProcessor
 
 from .configuration_personvit import PRESETS, PersonViTConfig
 from .files import written_aside
@@ -34,37 +33,6 @@ logger = logging.getLogger(__name__)
 ONNX_OPSET = 18
 ONNX_MAX_BYTES = 2**31 - 2**20  # a protobuf ends at 2 GiB; the graph itself needs a little
 TIMM_LAYER_NORM_EPS = 1e-6
-
-
-def load_for_export(
-    name_or_path: str, revision: str | None = None
-) -> tuple[PersonViTModel | PersonViTForReID, BaseImageProcessor]:
-    """The model whose feature is exported, in evaluation mode and float32, and its image processor.
-
-    Args:
-        name_or_path: Folder or Hub name of a checkpoint: a backbone, a pre-training run (its teacher is taken) or a
-            fine-tuned model (whose `neck_feature` counts).
-        revision: Branch, tag or commit on the Hub.
-
-    Raises:
-        OSError: if there is no such checkpoint.
-        ValueError: if it is of another architecture, damaged, or lacks weights.
-    """
-    config = AutoConfig.from_pretrained(name_or_path, revision=revision)
-    if config.model_type != PersonViTConfig.model_type:
-        raise ValueError(
-            f"{name_or_path}: model_type is {config.model_type!r}, only {PersonViTConfig.model_type!r} is exported."
-        )
-    is_reid = PersonViTForReID.__name__ in (config.architectures or ())
-    try:
-        model, loading = (PersonViTForReID if is_reid else PersonViTModel).from_pretrained(
-            name_or_path, revision=revision, dtype=torch.float32, output_loading_info=True
-        )
-    except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{name_or_path}: its weights can't be read ({error}).") from error
-    if loading["missing_keys"]:
-        raise ValueError(f"{name_or_path}: the checkpoint lacks weights: {sorted(loading['missing_keys'])[:5]}.")
-    return model.eval(), AutoImageProcessor.from_pretrained(name_or_path, revision=revision)
 
 
 def export_vit(

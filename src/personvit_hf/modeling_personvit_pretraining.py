@@ -367,8 +367,12 @@ class PersonViTForPreTraining(PersonViTPreTrainedModel):
                 once, towards the mean over all passes since the last step; until then all see the same centers.
 
         Raises:
-            ValueError: if an input has another shape.
+            ValueError: if an input has another shape, or a temperature is not above 0.
         """
+        if not min(teacher_temperature, teacher_patch_temperature) > 0:
+            raise ValueError(
+                f"Temperatures must be above 0, got {teacher_temperature} and {teacher_patch_temperature}."
+            )
         self._check_views(global_pixel_values, local_pixel_values, bool_masked_pos)
         views = global_pixel_values.flatten(0, 1)
         masks = self._masks(views, bool_masked_pos)

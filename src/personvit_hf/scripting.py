@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+from argparse import Action
 from collections.abc import Sequence
 from dataclasses import field, fields
 from itertools import takewhile
@@ -17,18 +18,16 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
-from transformers import AutoConfig, AutoModel, BaseImageProcessor, HfArgumentParser, PreTrainedModel
+from transformers import BaseImageProcessor, HfArgumentParser, PreTrainedModel
 
 from .configuration_personvit import PersonViTConfig
 from .embedding import embed_images
-from .modeling_personvit import PersonViTForReID
 from .person_images import split_broken
 from .reid_retrieval.expansion import expand_queries, remove_camera_bias
 from .reid_retrieval.ranking import evaluate_reid
 from .reid_retrieval.reranking import rerank
 
 Arguments = TypeVar("Arguments")
-Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 def parse_arguments(arguments_class: type[Arguments], argv: Sequence[str] | None = None) -> Arguments:
@@ -45,11 +44,12 @@ def parse_arguments(arguments_class: type[Arguments], argv: Sequence[str] | None
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is no mapping, or has a setting that the script doesn't.
+        ValueError: if the file is no mapping, or has a setting that the script doesn't; or if a number is not finite
+            or outside what its `option` allows.
         SystemExit: for wrong flags or values, with a usage message (argparse).
     """
     # without abbreviations, or `--conf FILE` would be taken for `--config` and its file never read
-    parser = HfArgumentParser(arguments_class, allow_abbrev=False)
+    parser = _Parser(arguments_class, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of these settings; flags win over it.")
     argv = list(sys.argv[1:] if argv is None else argv)
     path = _config_path(argv)
@@ -61,6 +61,7 @@ def parse_arguments(arguments_class: type[Arguments], argv: Sequence[str] | None
         argv = _as_flags(settings) + argv
     namespace = vars(parser.parse_args(argv))
     namespace.pop("config")
+    _check_ranges(arguments_class, namespace)
     return arguments_class(**namespace)
 
 
@@ -101,31 +102,6 @@ def parse_overrides(text: str) -> dict[str, Any]:
     return overrides
 
 
-def read_config(name_or_path: str) -> PersonViTConfig:
-    """The configuration of a checkpoint, once it is sure to be one of PersonViT.
-
-    Args:
-        name_or_path: Folder or Hub name of a checkpoint that `save_pretrained` wrote.
-
-    Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if it is of another architecture, whose weights transformers would replace by random ones.
-    """
-    try:
-        config = AutoConfig.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"{name_or_path}: neither folder nor Hub name of a checkpoint that `save_pretrained` wrote: {error} "
-            "(Official .pth files are converted with `convert_checkpoint` first.)"
-        ) from error
-    if config.model_type != PersonViTConfig.model_type:
-        raise ValueError(
-            f"{name_or_path}: a checkpoint of another architecture, model_type {config.model_type!r}; expected "
-            f"{PersonViTConfig.model_type!r}."
-        )
-    return config
-
-
 def default_attention(accelerator: Accelerator) -> str:
     """The faster attention to train with: eager in bf16 on a CPU, where sdpa's backward pass is slow; else sdpa."""
     slow = accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16"
@@ -138,35 +114,6 @@ def checkpoint_layers(model: PreTrainedModel) -> None:
     This is transformers' own `gradient_checkpointing_enable`, by its newer name where there is one.
     """
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-
-
-def load_pretrained(model_class: type[Model], name_or_path: str, **overrides: Any) -> Model:
-    """A model with the whole backbone of a checkpoint; heads that it lacks are new.
-
-    Args:
-        model_class: PersonViTForPreTraining or PersonViTForReID.
-        name_or_path: As in `read_config`.
-        overrides: Settings of PersonViTConfig that replace the checkpoint's.
-
-    Raises:
-        FileNotFoundError: As in `read_config`.
-        ValueError: As in `read_config`, or if with these settings some of the model is not as in the checkpoint.
-    """
-    read_config(name_or_path)
-    model, loading = model_class.from_pretrained(
-        name_or_path, output_loading_info=True, ignore_mismatched_sizes=True, **overrides
-    )
-    backbone = f"{model_class.base_model_prefix}."
-    unlike = [key for key in loading["missing_keys"] if key.startswith(backbone)]
-    unlike += [mismatch[0] for mismatch in loading["mismatched_keys"]]
-    # new with another data set: the classifier of its people, the embedding of its cameras
-    unlike = [key for key in unlike if not key.endswith(("classifier.weight", "side_embeddings"))]
-    if unlike:
-        raise ValueError(
-            f"`model_name_or_path` {name_or_path}: {len(unlike)} parameters are not in it or have another shape, such "
-            f"as {min(unlike)}. Check `config_overrides`: sizes must be the checkpoint's."
-        )
-    return model
 
 
 def collate(items: list[Any]) -> dict[str, Any]:
@@ -232,18 +179,6 @@ def require_finite(step: int, output_dir: str | Path, **losses: float) -> None:
                 f"`{name}` is {value} after step {step}: training has diverged. Checkpoints in {output_dir} are from "
                 "before. Resume from one with a lower learning rate, a smaller `clip_gradients` or without fp16."
             )
-
-
-def load_embedding_model(name_or_path: str) -> PreTrainedModel:
-    """A ReID model where the checkpoint is one (its neck decides the embedding), else the backbone.
-
-    Raises:
-        FileNotFoundError: As in `read_config`.
-        ValueError: As in `read_config`.
-    """
-    architectures = read_config(name_or_path).architectures or []
-    auto_class = PersonViTForReID if "PersonViTForReID" in architectures else AutoModel
-    return auto_class.from_pretrained(name_or_path).eval()
 
 
 def embed_benchmark(
@@ -322,11 +257,35 @@ def _occlusion_labels(values: np.ndarray) -> np.ndarray:
     return np.array(["0", "to 0.1", "to 0.3", "over 0.3"])[np.digitize(values, [0, 0.1, 0.3], right=True)]
 
 
-def option(default: Any, text: str) -> Any:
-    """A dataclass field with a default and the help text of its flag."""
+def option(
+    default: Any, text: str, *, above: float = -math.inf, least: float = -math.inf, most: float = math.inf
+) -> Any:
+    """A dataclass field with a default and the help text of its flag.
+
+    Numbers must be greater than `above`, and from `least` to `most`, where these are given; `parse_arguments` checks.
+    """
+    metadata = {"help": text, "range": (above, least, most)}
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+class _Parser(HfArgumentParser):
+    def add_argument(self, *names: str, range: Any = None, **settings: Any) -> Action:
+        """As argparse's own, which knows nothing of an `option`'s range."""
+        return super().add_argument(*names, **settings)
+
+
+def _check_ranges(arguments_class: type, values: dict[str, Any]) -> None:
+    for setting in fields(arguments_class):
+        above, least, most = setting.metadata.get("range", (-math.inf, -math.inf, math.inf))
+        value = values[setting.name]
+        for number in value if isinstance(value, list) else [value]:
+            if not isinstance(number, int | float) or (above < number < math.inf and least <= number <= most):
+                continue
+            limits = {"above": above, "at least": least, "at most": most}
+            wanted = " and ".join(f"{word} {limit:g}" for word, limit in limits.items() if math.isfinite(limit))
+            raise ValueError(f"`{setting.name}` must be a finite number{wanted and ', ' + wanted}; got {number}.")
 
 
 def _config_path(argv: list[str]) -> str | None:

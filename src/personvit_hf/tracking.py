@@ -13,7 +13,8 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .embedding import embed_images
-from .export import export_onnx, load_for_export
+from .export import export_onnx
+from .loading import load_embedder
 from .modeling_personvit import PersonViTForReID, PersonViTModel
 
 # What BoxMOT feeds every ReID model whose name says nothing else (`reid/backends/base_backend.py`).
@@ -48,9 +49,9 @@ class TrackerEmbedder:
                 they spread, while before it all can lie close to 0.
 
         Raises:
-            OSError, ValueError: As in `load_for_export`; or there is no neck, or no such place.
+            OSError, ValueError: As in `load_embedder`; or there is no neck, or no such place.
         """
-        model, processor = load_for_export(name_or_path)
+        model, processor = load_embedder(name_or_path, dtype=torch.float32)
         if neck_feature is not None:
             if not isinstance(model, PersonViTForReID) or neck_feature not in ("before", "after"):
                 raise ValueError(

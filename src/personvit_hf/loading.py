@@ -1,0 +1,130 @@
+"""Checkpoints of ours as models and image processors: all there, or an error that says what is not."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor, PreTrainedModel
+
+from .checkpoint_sources import checked_statistics
+from .configuration_personvit import PersonViTConfig
+from .modeling_personvit import PersonViTForReID, PersonViTModel
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+# What transformers raises for a JSON file whose values are of other types than it takes for granted.
+WRONG_VALUES = (StrictDataclassError, AttributeError, KeyError, TypeError)
+
+
+def read_config(name_or_path: str, revision: str | None = None) -> PersonViTConfig:
+    """The configuration of a checkpoint, once it is sure to be one of PersonViT.
+
+    Args:
+        name_or_path: Folder or Hub name of a checkpoint that `save_pretrained` wrote.
+        revision: Branch, tag or commit on the Hub.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is of another architecture, whose weights transformers would replace by random ones, or its
+            config.json holds what no setting can be.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, revision=revision)
+    except WRONG_VALUES as error:
+        raise ValueError(f"{name_or_path}: its config.json is damaged or was edited: {error}") from error
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{name_or_path}: neither folder nor Hub name of a checkpoint that `save_pretrained` wrote: {error} "
+            "(Official .pth files are converted with `convert_checkpoint` first.)"
+        ) from error
+    if config.model_type != PersonViTConfig.model_type:
+        raise ValueError(
+            f"{name_or_path}: a checkpoint of another architecture, model_type {config.model_type!r}; expected "
+            f"{PersonViTConfig.model_type!r}."
+        )
+    if not isinstance(config.architectures, list | None):
+        raise ValueError(f"{name_or_path}: `architectures` in its config.json must be a list of class names.")
+    return config
+
+
+def load_pretrained(model_class: type[Model], name_or_path: str, **overrides: Any) -> Model:
+    """A model with the whole backbone of a checkpoint; heads that it lacks are new.
+
+    Args:
+        model_class: PersonViTForPreTraining or PersonViTForReID.
+        name_or_path: As in `read_config`.
+        overrides: Settings of PersonViTConfig that replace the checkpoint's.
+
+    Raises:
+        FileNotFoundError: As in `read_config`.
+        ValueError: As in `read_config`, or if with these settings some of the model is not as in the checkpoint.
+    """
+    read_config(name_or_path)
+    model, loading = model_class.from_pretrained(
+        name_or_path, output_loading_info=True, ignore_mismatched_sizes=True, **overrides
+    )
+    backbone = f"{model_class.base_model_prefix}."
+    unlike = [key for key in loading["missing_keys"] if key.startswith(backbone)]
+    unlike += [mismatch[0] for mismatch in loading["mismatched_keys"]]
+    # new with another data set: the classifier of its people, the embedding of its cameras
+    unlike = [key for key in unlike if not key.endswith(("classifier.weight", "side_embeddings"))]
+    if unlike:
+        raise ValueError(
+            f"`model_name_or_path` {name_or_path}: {len(unlike)} parameters are not in it or have another shape, such "
+            f"as {min(unlike)}. Check `config_overrides`: sizes must be the checkpoint's."
+        )
+    return model
+
+
+def load_embedder(
+    name_or_path: str, revision: str | None = None, dtype: torch.dtype | None = None
+) -> tuple[PersonViTModel | PersonViTForReID, BaseImageProcessor]:
+    """The model whose feature a checkpoint is for, in evaluation mode, and its image processor.
+
+    Args:
+        name_or_path: As in `read_config`: a backbone, a pre-training run (its teacher is taken) or a fine-tuned model
+            (whose `neck_feature` counts).
+        revision: Branch, tag or commit on the Hub.
+        dtype: Of the weights; None for the checkpoint's.
+
+    Raises:
+        FileNotFoundError: As in `read_config`, or if there is no image processor.
+        ValueError: As in `read_config`, or if weights are damaged, missing or no numbers, as features of random ones
+            would look like any others; or if the processor's settings are none.
+    """
+    config = read_config(name_or_path, revision)
+    model_class = PersonViTForReID if PersonViTForReID.__name__ in (config.architectures or ()) else PersonViTModel
+    try:
+        model, loading = model_class.from_pretrained(
+            name_or_path, revision=revision, dtype=dtype or "auto", output_loading_info=True
+        )
+    except (SafetensorError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{name_or_path}: its weights can't be read ({error}).") from error
+    except WRONG_VALUES as error:  # such as an unknown `hidden_act`
+        raise ValueError(f"{name_or_path}: its config.json is damaged or was edited: {error!r}") from error
+    if loading["missing_keys"]:
+        raise ValueError(f"{name_or_path}: the checkpoint lacks weights: {sorted(loading['missing_keys'])[:5]}.")
+    if broken := nonfinite_weights(model):
+        raise ValueError(f"{name_or_path}: {len(broken)} weights hold NaN or infinity, such as {min(broken)}.")
+    return model.eval(), _load_processor(name_or_path, revision, config.num_channels)
+
+
+def nonfinite_weights(model: torch.nn.Module) -> list[str]:
+    """Names of the weights that are not finite numbers throughout."""
+    return [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+
+
+def _load_processor(name_or_path: str, revision: str | None, num_channels: int) -> BaseImageProcessor:
+    try:
+        processor = AutoImageProcessor.from_pretrained(name_or_path, revision=revision)
+    except OSError as error:
+        raise FileNotFoundError(f"{name_or_path}: no image processor beside the weights: {error}") from error
+    except (ValueError, *WRONG_VALUES) as error:
+        raise ValueError(f"{name_or_path}: its preprocessor_config.json is damaged or was edited: {error}") from error
+    statistics = {"image_mean": processor.image_mean, "image_std": processor.image_std}
+    checked_statistics(name_or_path, statistics, num_channels)
+    if not isinstance(processor.rescale_factor, int | float):
+        raise ValueError(f"{name_or_path}: `rescale_factor` should be a number, found {processor.rescale_factor!r}.")
+    return processor

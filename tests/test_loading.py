@@ -1,0 +1,160 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import ViTConfig, ViTModel
+
+from personvit_hf import (
+    PersonViTConfig,
+    PersonViTForPreTraining,
+    PersonViTForReID,
+    PersonViTImageProcessor,
+    PersonViTModel,
+)
+from personvit_hf.loading import load_embedder, load_pretrained
+
+SIZES = {
+    **{"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 64},
+    **{"image_size": [32, 16], "patch_size": 8, "num_cls_prototypes": 16, "num_patch_prototypes": 8},
+    **{"projection_hidden_size": 16, "projection_bottleneck_size": 8},
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    torch.manual_seed(0)
+    PersonViTModel(PersonViTConfig(**SIZES)).save_pretrained(folder / "backbone")
+    PersonViTForPreTraining(PersonViTConfig(**SIZES)).save_pretrained(folder / "pretraining")
+    PersonViTForReID(PersonViTConfig(**SIZES, num_labels=4)).save_pretrained(folder / "reid")
+    vit = {name: SIZES[name] for name in ("hidden_size", "num_attention_heads", "num_hidden_layers", "patch_size")}
+    ViTModel(ViTConfig(**vit, intermediate_size=64, image_size=32)).save_pretrained(folder / "vit")
+    return folder
+
+
+@pytest.mark.parametrize("source", ["backbone", "pretraining", "reid"])
+@pytest.mark.parametrize("model_class", [PersonViTForPreTraining, PersonViTForReID])
+def test_every_kind_of_checkpoint_gives_its_backbone(checkpoints, source, model_class):
+    backbone = PersonViTModel.from_pretrained(checkpoints / source).state_dict()
+    model = load_pretrained(model_class, str(checkpoints / source), drop_path_rate=0.3, num_labels=4)
+    assert model.config.drop_path_rate == 0.3
+    loaded = model.personvit.state_dict()
+    assert set(backbone) - set(loaded) <= {"embeddings.mask_token"}
+    for name in set(backbone) & set(loaded):
+        assert torch.equal(backbone[name], loaded[name])
+
+
+def test_cameras_may_be_new(checkpoints, tmp_path):
+    model = load_pretrained(PersonViTForReID, str(checkpoints / "pretraining"), num_cameras=6)
+    assert model.personvit.embeddings.side_embeddings.shape == (6, 1, 32)
+    model.save_pretrained(tmp_path)
+    model = load_pretrained(PersonViTForReID, str(tmp_path), num_cameras=8)
+    assert 0.015 < model.personvit.embeddings.side_embeddings.std() < 0.025
+
+
+def test_checkpoint_of_another_architecture(checkpoints):
+    with pytest.raises(ValueError, match="another architecture.*'vit'.*'personvit'") as caught:
+        load_pretrained(PersonViTForReID, str(checkpoints / "vit"))
+    assert str(checkpoints / "vit") in str(caught.value)
+
+
+@pytest.mark.parametrize("found", ["nothing", "an empty folder", "an official file"])
+def test_no_checkpoint(tmp_path, found):
+    path = tmp_path / "model.pth"
+    if found == "an empty folder":
+        path.mkdir()
+    if found == "an official file":
+        torch.save({"cls_token": torch.zeros(1)}, path)
+    with pytest.raises(FileNotFoundError, match=r"model\.pth: neither .*`convert_checkpoint`"):
+        load_pretrained(PersonViTForReID, str(path))
+
+
+def test_people_may_be_others(checkpoints):
+    model = load_pretrained(PersonViTForReID, str(checkpoints / "reid"), num_labels=1000)
+    assert model.classifier.weight.shape == (1000, 32)
+    assert 0.0009 < model.classifier.weight.std() < 0.0011  # new, as in a new model
+    kept = PersonViTForReID.from_pretrained(checkpoints / "reid").bottleneck
+    assert torch.equal(model.bottleneck.weight, kept.weight)
+
+
+@pytest.mark.parametrize(
+    "overrides, example",
+    [
+        ({"num_hidden_layers": 3}, r"12 parameters .* personvit\.layers\.2\."),
+        ({"intermediate_size": 48}, r"6 parameters .* personvit\.layers\.0\.mlp\.fc1\.bias"),
+        ({"image_size": [64, 16]}, r"1 parameters .* personvit\.embeddings\.position_embeddings"),
+    ],
+)
+def test_settings_that_would_leave_parts_of_the_backbone_random(checkpoints, overrides, example):
+    with pytest.raises(ValueError, match=f"{example}.*`config_overrides`"):
+        load_pretrained(PersonViTForReID, str(checkpoints / "pretraining"), **overrides)
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    PersonViTForReID(PersonViTConfig(**SIZES, num_labels=4)).save_pretrained(tmp_path)
+    PersonViTImageProcessor(size={"height": 32, "width": 16}).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def change(file: Path, **settings) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+@pytest.mark.parametrize("model_class", [PersonViTForReID, PersonViTForPreTraining, PersonViTModel])
+def test_the_model_that_a_checkpoint_is_for(checkpoint, model_class):
+    saved = model_class(PersonViTConfig(**SIZES))
+    saved.save_pretrained(checkpoint)
+    model, processor = load_embedder(str(checkpoint))
+    assert type(model) is (PersonViTForReID if model_class is PersonViTForReID else PersonViTModel)
+    assert not model.training and processor.size.height == 32
+    backbone = saved if model_class is PersonViTModel else saved.personvit
+    loaded = getattr(model, "personvit", model)
+    assert torch.equal(loaded.layernorm.weight, backbone.layernorm.weight)
+
+
+@pytest.mark.parametrize(
+    "settings, found",
+    [
+        ({"patch_size": "16"}, "patch_size"),
+        ({"image_size": 64}, "image_size"),
+        ({"hidden_act": "foo"}, "foo"),
+        ({"id2label": [1]}, "config.json"),
+        ({"dtype": "float99"}, "config.json"),
+        ({"architectures": 3}, "config.json"),
+        ({"num_hidden_layers": 3}, r"lacks weights: \['personvit\.layers\.2"),
+        ({"intermediate_size": 48}, "its weights can't be read"),
+    ],
+)
+def test_a_config_that_does_not_fit(checkpoint, settings, found):
+    change(checkpoint / "config.json", **settings)
+    with pytest.raises(ValueError, match=f"(?s)^{checkpoint}: .*{found}"):
+        load_embedder(str(checkpoint))
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "other", "nan"])
+def test_damaged_weights(checkpoint, damage):
+    file = checkpoint / "model.safetensors"
+    if damage == "other":
+        save_file({"x": torch.zeros(3)}, file, {"format": "pt"})
+    elif damage == "nan":
+        weights = load_file(file)
+        weights["personvit.layernorm.weight"][0] = torch.nan
+        save_file(weights, file, {"format": "pt"})
+    else:
+        file.write_bytes(file.read_bytes()[: 1000 if damage == "cut" else 0])
+    found = {"other": "lacks weights", "nan": "1 weights hold NaN"}.get(damage, "its weights can't be read")
+    with pytest.raises(ValueError, match=f"^{checkpoint}: .*{found}"):
+        load_embedder(str(checkpoint))
+
+
+@pytest.mark.parametrize("settings", [{"image_mean": "x"}, {"image_std": [0, 0, 0]}, {"rescale_factor": "a"}])
+def test_processors_that_are_none(checkpoint, settings):
+    change(checkpoint / "preprocessor_config.json", **settings)
+    with pytest.raises(ValueError, match=f"^{checkpoint}: .*{next(iter(settings))}"):
+        load_embedder(str(checkpoint))
+    (checkpoint / "preprocessor_config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=f"^{checkpoint}: no image processor"):
+        load_embedder(str(checkpoint))
