@@ -22,7 +22,7 @@ class EvaluationArguments:
     model: str = field(metadata={"help": "Checkpoint folder or Hub name, fine-tuned or pre-trained."})
     data: str = field(metadata={"help": "Labelled data set with query and gallery."})
     output: str | None = option(None, "JSON file for the figures.")
-    use_cameras: bool = option(False, "Tell the model each image's camera (models with side information).")
+    use_cameras: bool | None = option(None, "Tell the model each image's camera. Not given: if it was trained so.")
     batch_size: int = option(64, "Images a forward pass.", least=1)
     num_workers: int = option(2, "Processes that load images.", least=0)
 

@@ -407,7 +407,7 @@ def test_cameras_as_side_information(people, pretrained, tmp_path):
     settings = FINETUNE | {"data": people / "market", "output_dir": tmp_path, "model_name_or_path": pretrained}
     run("finetune.py", "--use_cameras", **settings)
     assert weights(tmp_path)["personvit.embeddings.side_embeddings"].shape == (6, 1, 32)
-    for flags, same in ((["--use_cameras"], True), ([], False)):
+    for flags, same in ((["--use_cameras"], True), ([], True), (["--use_cameras", "false"], False)):
         output = tmp_path / "figures.json"
         run("evaluate_reid.py", *flags, model=tmp_path, data=people / "market", output=output, num_workers=0)
         results = json.loads((tmp_path / "results.json").read_text())

@@ -14,7 +14,7 @@ from golden_fixtures import (
     under,
 )
 from torch import nn
-from transformers import AutoModel, AutoModelForImageClassification
+from transformers import AutoModel, AutoModelForImageClassification, Trainer, TrainingArguments
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from personvit_hf import PersonViTConfig, PersonViTForReID, PersonViTModel, conversion
@@ -239,6 +239,20 @@ def test_attributes_of_people_instead_of_identities(problem_type):
     assert output.triplet_loss is None
     output.loss.backward()
     assert model.classifier.weight.grad.abs().sum() > 0
+
+
+def test_trainer_takes_losses_as_means_and_logits_as_predictions(tmp_path):
+    rows = [{"pixel_values": torch.randn(3, 64, 32), "labels": i % 2} for i in range(8)]
+    model = PersonViTForReID(tiny_config(num_labels=2, triplet_loss_weight=0.0))
+    losses = []
+    for batches in (1, 4):
+        settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": batches, "max_steps": 1}
+        settings |= {"learning_rate": 0.0, "logging_steps": 1, "use_cpu": True, "report_to": "none"}
+        trainer = Trainer(model, TrainingArguments(tmp_path, **settings), train_dataset=rows, eval_dataset=rows)
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=0.2)
+    assert trainer.predict(rows).predictions.shape == (8, 2)
 
 
 def test_triplet_loss_of_one_person_is_zero():

@@ -239,8 +239,24 @@ def test_koleo_loss_is_added_by_its_weight():
 
 def test_koleo_loss_needs_another_image():
     one = {name: value[:1] for name, value in views().items()}
+    model = tiny_model(koleo_loss_weight=0.1)
     with pytest.raises(ValueError, match="`koleo_loss_weight`.*at least 2 images"):
-        tiny_model(koleo_loss_weight=0.1)(**one)
+        model.train()(**one)
+    assert model.eval()(**one).koleo_loss is None
+
+
+def test_the_teacher_of_a_new_model_predicts_without_noise():
+    model = PersonViTForPreTraining(tiny_model(drop_path_rate=0.9, hidden_dropout_prob=0.5).config)
+    assert model.training and model.student.training and not model.personvit.training
+    first, second = (model(**views(), output_logits=True).teacher_cls_logits for _ in range(2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -0.04, float("nan")])
+def test_temperatures_are_above_zero(temperature):
+    for name in ("teacher_temperature", "teacher_patch_temperature"):
+        with pytest.raises(ValueError, match="temperatures must be above 0"):
+            tiny_model()(**views(), **{name: temperature})
 
 
 def test_views_and_masks_may_be_left_out():

@@ -250,10 +250,11 @@ def test_score_ranks_the_embeddings_of_query_and_gallery():
             return model.eval()(pixel_values, camera_ids=cameras).pooler_output.numpy()
 
     scores = []
-    for use_cameras in (False, True):
+    for use_cameras in (False, True, None):
         result = score(model, processor, dataset, use_cameras)
+        told = use_cameras is not False  # None: as the model was trained
         expected = evaluate_reid(
-            *(embed(dataset[name], i if use_cameras else None) for i, name in enumerate(("query", "gallery"))),
+            *(embed(dataset[name], i if told else None) for i, name in enumerate(("query", "gallery"))),
             query_person_ids=dataset["query"]["person_id"],
             gallery_person_ids=dataset["gallery"]["person_id"],
             query_camera_ids=dataset["query"]["camera_id"],
@@ -263,6 +264,16 @@ def test_score_ranks_the_embeddings_of_query_and_gallery():
         assert result["mAP"] == expected["mAP"]
     assert 0 < scores[0] < 1
     assert scores[0] != scores[1]
+
+    # junk images, here copies of the queries, are no neighbours of anything
+    junk = dataset["query"].map(lambda row: {"person_id": -1})
+    dataset["gallery"] = datasets.concatenate_datasets([dataset["gallery"]] * 3)
+    gallery = datasets.concatenate_datasets([dataset["gallery"], junk])
+    for way in ({"reranked": True}, {"expand": 2}, {"remove_bias": True}):
+        clean = score(model, processor, dataset, **way)
+        assert (
+            score(model, processor, datasets.DatasetDict(dataset | {"gallery": gallery}), **way)["mAP"] == clean["mAP"]
+        )
 
 
 @pytest.mark.parametrize(

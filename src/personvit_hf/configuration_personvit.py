@@ -98,6 +98,8 @@ class PersonViTConfig(PreTrainedConfig):
     ```"""
 
     model_type = "personvit"
+    # what Trainer takes for predictions of a ReID model are its logits alone
+    keys_to_ignore_at_inference = ["id_loss", "triplet_loss", "embeddings"]
     _auto_class = "AutoConfig"  # `save_pretrained` then copies the code files beside the weights
 
     hidden_size: int = 768

@@ -21,9 +21,10 @@ class PersonViTImageProcessor(TorchvisionBackend):
     kept. It is then scaled to [0, 1] and normalised with `image_mean` and `image_std`: ImageNet's for pre-trained
     models, 0.5 for models fine-tuned by the official PersonViT recipe. Each checkpoint carries its own.
 
-    The resize is PIL's antialiased bilinear, byte for byte, because that is what the official code tests with
-    (PersonViT `transreid_pytorch/datasets/make_dataloader.py`, `val_transforms`); torchvision's own kernel differs
-    from it by one grey level here and there. Tensors on another device are resized there by torchvision.
+    Bytes (uint8) are resized to a height and width by PIL's antialiased bilinear kernel, byte for byte, because that
+    is what the official code tests with (PersonViT `transreid_pytorch/datasets/make_dataloader.py`,
+    `val_transforms`). torchvision's own, which differs from it by one grey level here and there, resizes tensors on
+    another device, floats, and to sizes such as `shortest_edge`.
     """
 
     _auto_class = "AutoImageProcessor"
@@ -52,7 +53,7 @@ class PersonViTImageProcessor(TorchvisionBackend):
 
 
 class PersonViTImageProcessorPil(PilBackend):
-    r"""The same as [`PersonViTImageProcessor`], through PIL and numpy alone."""
+    r"""The same for bytes and a height and width as [`PersonViTImageProcessor`], through PIL and numpy alone."""
 
     _auto_class = "AutoImageProcessor"
     resample = PILImageResampling.BILINEAR

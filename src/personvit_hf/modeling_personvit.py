@@ -325,6 +325,7 @@ class PersonViTPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    accepts_loss_kwargs = False  # losses are means over the batch: Trainer divides them by its accumulated batches
     _can_record_outputs = {"hidden_states": PersonViTLayer, "attentions": PersonViTAttention}
     _input_embed_layer = "patch_embeddings"
     # Every checkpoint's backbone loads into every class: heads and student of a pre-training run, the ReID head, and

@@ -252,6 +252,7 @@ class PersonViTForPreTraining(PersonViTPreTrainedModel):
         self._pending_means: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.freeze()
         self.post_init()
+        self.train(self.training)  # the teacher in evaluation mode
 
     def freeze(self) -> None:
         """The teacher takes no gradient, nor do the student's gains with `norm_last_layer`."""
@@ -369,10 +370,9 @@ class PersonViTForPreTraining(PersonViTPreTrainedModel):
         Raises:
             ValueError: if an input has another shape, or a temperature is not above 0.
         """
-        if not min(teacher_temperature, teacher_patch_temperature) > 0:
-            raise ValueError(
-                f"Temperatures must be above 0, got {teacher_temperature} and {teacher_patch_temperature}."
-            )
+        if not (teacher_temperature > 0 and teacher_patch_temperature > 0):
+            found = f"{teacher_temperature} and {teacher_patch_temperature}"
+            raise ValueError(f"The teacher's temperatures must be above 0, got {found}.")
         self._check_views(global_pixel_values, local_pixel_values, bool_masked_pos)
         views = global_pixel_values.flatten(0, 1)
         masks = self._masks(views, bool_masked_pos)
@@ -390,7 +390,7 @@ class PersonViTForPreTraining(PersonViTPreTrainedModel):
         patch_loss = self._mim_loss(student_patches, teacher_patches, masks, teacher_patch_temperature)
         loss = self.config.dino_loss_weight * cls_loss + self.config.mim_loss_weight * patch_loss
         spread_loss = None
-        if self.config.koleo_loss_weight:
+        if self.config.koleo_loss_weight and len(cls_tokens) > 1:
             spread_loss = koleo_loss(cls_tokens[:, :2])
             loss = loss + self.config.koleo_loss_weight * spread_loss
         if self.training:
@@ -477,7 +477,7 @@ class PersonViTForPreTraining(PersonViTPreTrainedModel):
         channels = self.config.num_channels
         if len(shape) != 5 or shape[1:3] != (2, channels):
             raise ValueError(f"`global_pixel_values` must be (batch, 2, {channels}, height, width), got {shape}.")
-        if self.config.koleo_loss_weight and shape[0] < 2:
+        if self.config.koleo_loss_weight and self.training and shape[0] < 2:
             raise ValueError("`koleo_loss_weight` needs at least 2 images in a batch: it looks for near ones.")
         if local_pixel_values is not None:
             local = tuple(local_pixel_values.shape)

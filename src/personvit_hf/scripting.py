@@ -185,7 +185,7 @@ def embed_benchmark(
     model: PreTrainedModel,
     processor: BaseImageProcessor,
     dataset: datasets.DatasetDict,
-    use_cameras: bool = False,
+    use_cameras: bool | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
 ) -> dict[str, np.ndarray]:
@@ -195,6 +195,8 @@ def embed_benchmark(
         Embeddings, person ids and camera ids by the argument names of `evaluate_reid`.
     """
     columns: dict[str, np.ndarray] = {}
+    if use_cameras is None:
+        use_cameras = model.config.num_cameras > 0
     for split in ("query", "gallery"):
         rows = dataset[split]
         cameras = np.array(rows["camera_id"])
@@ -210,7 +212,7 @@ def score(
     model: PreTrainedModel,
     processor: BaseImageProcessor,
     dataset: datasets.DatasetDict,
-    use_cameras: bool = False,
+    use_cameras: bool | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
     reranked: bool = False,
@@ -218,13 +220,13 @@ def score(
     remove_bias: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    """Embeds a benchmark's query and gallery and ranks them.
+    """Embeds a benchmark's query and gallery and ranks them, without the gallery's junk images (person_id -1).
 
     Args:
         model: PersonViTModel or PersonViTForReID.
         processor: The model's own image processor.
         dataset: What `load_reid_dataset` returns.
-        use_cameras: Whether the model is told each image's camera (SIE).
+        use_cameras: Whether the model is told each image's camera (SIE); None: if it was trained so.
         batch_size: Images a forward pass.
         num_workers: Processes that decode and resize.
         reranked: Whether to rank by `rerank`'s distances.
@@ -236,6 +238,9 @@ def score(
     Returns:
         What `evaluate_reid` returns: mAP, mINP, cmc, rank1 and so on.
     """
+    gallery_person_ids = np.array(dataset["gallery"]["person_id"])
+    if (junk := gallery_person_ids == -1).any():  # no neighbours either, of what is re-ranked, expanded or centred
+        dataset = datasets.DatasetDict({**dataset, "gallery": dataset["gallery"].select(np.flatnonzero(~junk))})
     columns = embed_benchmark(model, processor, dataset, use_cameras, batch_size, num_workers)
     query, gallery = columns.pop("query_embeddings"), columns.pop("gallery_embeddings")
     if remove_bias:
