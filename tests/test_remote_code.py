@@ -48,6 +48,8 @@ for pair in sys.argv[2:]:
     processor = transformers.AutoImageProcessor.from_pretrained(path, trust_remote_code=True)
     pixel_values = processor(images=picture, return_tensors="pt").pixel_values
     outputs[f"{name} pixel_values"] = pixel_values
+    pil = transformers.AutoImageProcessor.from_pretrained(path, trust_remote_code=True, backend="pil")
+    assert type(pil).__name__ == "PersonViTImageProcessorPil", type(pil)
     model = transformers.AutoModel.from_pretrained(path, trust_remote_code=True)
     assert type(model).__name__ == "PersonViTModel", type(model)
     assert type(model).__module__.startswith("transformers_modules."), type(model)

@@ -1,5 +1,7 @@
 """Image processors of PersonViT: a person crop of any size to normalised `pixel_values` of 256x128."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
@@ -13,7 +15,17 @@ from transformers.image_utils import (
 )
 
 
-class PersonViTImageProcessor(TorchvisionBackend):
+class _SavedWithBoth:
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved. Where it names this file as remote code, it names the classes of both backends."""
+        saved = super().to_dict()
+        if "auto_map" in saved:
+            names = ("PersonViTImageProcessorPil", "PersonViTImageProcessor")
+            saved["auto_map"] = {"AutoImageProcessor": [f"image_processing_personvit.{name}" for name in names]}
+        return saved
+
+
+class PersonViTImageProcessor(_SavedWithBoth, TorchvisionBackend):
     r"""
     Turns person crops into `pixel_values`, float32 (batch, 3, height, width).
 
@@ -52,7 +64,7 @@ class PersonViTImageProcessor(TorchvisionBackend):
         return torch.from_numpy(np.stack(resized)).reshape(*image.shape[:-2], *new_size)
 
 
-class PersonViTImageProcessorPil(PilBackend):
+class PersonViTImageProcessorPil(_SavedWithBoth, PilBackend):
     r"""The same for bytes and a height and width as [`PersonViTImageProcessor`], through PIL and numpy alone."""
 
     _auto_class = "AutoImageProcessor"
