@@ -110,6 +110,27 @@ def test_parquet_split_is_named_by_the_innermost_name(tmp_path):
     assert [rows["person_id"][:] for rows in data.values()] == [[1, 2], [3, 4], [5, 6]]
 
 
+@pytest.mark.parametrize("name", ["p[1]", "p*"])
+def test_folder_name_is_no_pattern(tmp_path, name):
+    root = parquet_folder(tmp_path / name)
+    parquet_folder(tmp_path / "p1", query=table([8, 8]))
+    assert load_reid_dataset(root)["query"]["person_id"][:] == [1, 2]
+    table([9, 9]).to_parquet(root / "other.parquet")
+    files = "".join(f"  - {{split: {split}, path: other.parquet}}\n" for split in ("train", "query", "gallery"))
+    (root / "README.md").write_text(f"---\nconfigs:\n- config_name: labelled\n  data_files:\n{files}---\n")
+    assert load_reid_dataset(root)["query"]["person_id"][:] == [9, 9]
+    (root / "README.md").write_text("---\nconfigs: [\n---\n")
+    with pytest.raises(ValueError, match="README.md.*can't be read"):
+        load_reid_dataset(root)
+
+
+def test_an_empty_path_is_not_the_current_folder(market, monkeypatch):
+    monkeypatch.chdir(market)
+    for arguments in ({"name_or_path": ""}, {"name_or_path": "market1501", "root": ""}):
+        with pytest.raises(FileNotFoundError, match="An empty path.*variable"):
+            load_reid_dataset(**arguments)
+
+
 def test_readme_config_is_used(tmp_path):
     root = parquet_folder(tmp_path / "p")
     table([9, 9]).to_parquet(root / "other.parquet")
