@@ -3,6 +3,8 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -98,6 +100,17 @@ def test_parquet_without_readme(tmp_path):
     assert data["gallery"].features["person_id"] == datasets.Value("int64")
     assert data["gallery"].column_names == ["image", "person_id", "camera_id", "frame"]
     assert data["gallery"][2]["image"].getpixel((0, 0)) == (2, 0, 0)
+
+
+def test_ids_beyond_int64(tmp_path):
+    root = parquet_folder(tmp_path / "p")
+    rows = table().cast_column("person_id", datasets.Value("uint64"))
+    rows.to_parquet(root / "query.parquet")
+    assert load_reid_dataset(root)["query"]["person_id"][:] == [1, 2]
+    whole = pq.read_table(root / "query.parquet")
+    pq.write_table(whole.set_column(1, "person_id", pa.array([1, 2**64 - 1], pa.uint64())), root / "query.parquet")
+    with pytest.raises(ValueError, match="p, query: `person_id` must fit into int64: .*18446744073709551615"):
+        load_reid_dataset(root)
 
 
 def test_parquet_split_is_named_by_the_innermost_name(tmp_path):

@@ -132,10 +132,18 @@ def selection_settings(file: Path) -> dict[str, Any] | None:
     return told
 
 
+def require_no_index(data: str | os.PathLike) -> None:
+    """Raises a ValueError if data are an index of `personvit data select`, which can't be selected from."""
+    file = Path(data)
+    if file.suffix.lower() == ".parquet" and file.is_file() and selection_settings(file) is not None:
+        raise ValueError(f"{file}: this is an index of `personvit data select`. Select from the data themselves.")
+
+
 def _selected(file: Path, told: dict[str, Any], keep: Sequence[str]) -> datasets.Dataset:
-    if Path(told["data"]).suffix == ".parquet" and Path(told["data"]).is_file():
-        if selection_settings(Path(told["data"])) is not None:
-            raise ValueError(f"{file}: an index of an index, {told['data']}. Select from the data themselves.")
+    try:
+        require_no_index(told["data"])
+    except ValueError as error:
+        raise ValueError(f"{file}: an index of an index. {error}") from error
     try:
         rows = load_person_images(told["data"], keep=keep)
     except FileNotFoundError as error:

@@ -198,7 +198,10 @@ def _checked(rows: datasets.Dataset, source: str) -> datasets.Dataset:
         if "int" not in getattr(feature, "dtype", "") or nulls:
             raise ValueError(f"{source}: `{column}` must hold integers; it is {feature} with {nulls} empty rows.")
         if feature != datasets.Value("int64"):
-            rows = rows.cast_column(column, datasets.Value("int64"))
+            try:
+                rows = rows.cast_column(column, datasets.Value("int64"))
+            except ValueError as error:
+                raise ValueError(f"{source}: `{column}` must fit into int64: {error}") from error
     rows = with_image_column(rows, source, decode=True)
     first = ["image", *ID_COLUMNS]
     return rows.select_columns(first + [column for column in rows.column_names if column not in first])
