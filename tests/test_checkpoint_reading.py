@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import io
 import os
-import pickle
 import random
 import subprocess
 import sys
@@ -20,23 +19,14 @@ from typing import Any
 import pytest
 import torch
 from golden_fixtures import GOLDEN, load_official, under
+from hostile_checkpoints import HOSTILE, saved
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save as save_safetensors
 
 from personvit_hf.checkpoint_reading import read_checkpoint
 from personvit_hf.conversion import convert_checkpoint, convert_with_report, save_conversion
 
 FORMATS = ["zip", "legacy", "safetensors"]
-
-
-def saved(contents: Any, file_format: str = "zip", protocol: int = 2) -> bytes:
-    """The file that `torch.save` (or safetensors) writes."""
-    if file_format == "safetensors":
-        return save_safetensors(contents)
-    buffer = io.BytesIO()
-    torch.save(contents, buffer, pickle_protocol=protocol, _use_new_zipfile_serialization=file_format == "zip")
-    return buffer.getvalue()
 
 
 def backbone() -> dict[str, torch.Tensor]:
@@ -154,91 +144,6 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path, file_format):
     assert not (tmp_path / "ran").exists()
     torch.load(tmp_path / "file.pth", weights_only=False)  # the trap works
     assert (tmp_path / "ran").exists()
-
-
-def zipped(pickled: bytes, compression: int = zipfile.ZIP_STORED, **records: bytes) -> bytes:
-    """A file of torch.save's format around a pickle of one's own."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", compression) as archive:
-        archive.writestr("file/data.pkl", pickled)
-        archive.writestr("file/byteorder", "little")
-        for name, record in records.items():
-            archive.writestr(f"file/data/{name}", record)
-    return buffer.getvalue()
-
-
-def storage(count: int, key: str = "0", kind: str = "FloatStorage") -> bytes:
-    """Pickle instructions that put a storage of `count` numbers on the stack."""
-    number = b"\x8a\x08" + count.to_bytes(8, "little")
-    return (
-        b"(X\x07\0\0\0storagectorch\n"
-        + kind.encode()
-        + b"\nX\x01\0\0\0"
-        + key.encode()
-        + b"X\x03\0\0\0cpu"
-        + number
-        + b"tQ"
-    )
-
-
-def tensor(count: int, size: int, stride: int = 1, offset: int = 0) -> bytes:
-    """The file of {"a": a tensor of these sizes in a storage of `count` numbers}."""
-    numbers = [b"\x8a\x08" + value.to_bytes(8, "little") for value in (offset, size, stride)]
-    arguments = storage(count) + numbers[0] + numbers[1] + b"\x85" + numbers[2] + b"\x85\x89}"
-    return b"\x80\x02}X\x01\0\0\0actorch._utils\n_rebuild_tensor_v2\n(" + arguments + b"tRs."
-
-
-FOUR = b"\0" * 16
-TERA = 2**40
-HOSTILE = {
-    "a terabyte in a storage": (zipped(tensor(TERA, 4), **{"0": FOUR}), "should have 4398046511104 bytes, found 16"),
-    "a terabyte in a tensor": (zipped(tensor(4, TERA), **{"0": FOUR}), "claims 1099511627776 numbers"),
-    "one number a terabyte of times": (zipped(tensor(4, TERA, stride=0), **{"0": FOUR}), "claims 1099511627776"),
-    "a tensor beyond its storage": (zipped(tensor(4, 4, offset=1), **{"0": FOUR}), "claims 4 numbers"),
-    "a storage that is not there": (zipped(tensor(4, 4)), "found None"),
-    "a storage outside of its folder": (
-        zipped(tensor(4, 4).replace(b"X\x01\0\0\x000", b"X\x04\0\0\0../x")),
-        "found None",
-    ),
-    "a bomb": (zipped(tensor(2**22, 2**22), zipfile.ZIP_DEFLATED, **{"0": bytes(2**24)}), "compressed"),
-    "a bytearray of gigabytes": (
-        zipped(b"\x80\x02cbuiltins\nbytearray\n\x8a\x05" + (2**34).to_bytes(5, "little") + b"\x85R."),
-        "builtins.bytearray",
-    ),
-    "a bytearray instruction": (zipped(b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b"."), "bytes"),
-    "a key of nested tuples": (zipped(b"\x80\x02})" + b"\x85" * 300_000 + b"K\x01s."), "a key is a tuple"),
-    "nested lists": (
-        zipped(b"\x80\x02}X\x01\0\0\0a" + b"]" * 300_000 + b"a" * 299_999 + b"s."),
-        "",
-    ),
-    "a call of a call": (zipped(b"\x80\x02ccollections\nOrderedDict\n)R)R."), "call dict"),
-    "an attribute of a class": (zipped(b"\x80\x02cargparse\nNamespace\n}b."), "sets attributes of a Named"),
-    "eval": (zipped(b"\x80\x02cbuiltins\neval\nX\x01\0\0\x001\x85R."), "builtins.eval"),
-    "eval by protocol 4": (zipped(b"\x80\x04\x8c\x08builtins\x8c\x04eval\x93X\x01\0\0\x001\x85R."), "builtins.eval"),
-    "a class by an old instruction": (zipped(b"\x80\x02(ios\nsystem\n."), "INST"),
-    "an empty stack": (zipped(b"\x80\x020."), ""),
-    "no end": (zipped(b"\x80\x02}"), "STOP"),
-    "control characters": (zipped(b"\x80\x02}X\x05\0\0\0\x1b[31mK\x01s."), "called '.x1b"),
-    "a huge number as a key": (
-        zipped(b"\x80\x02}\x8b" + (5000).to_bytes(4, "little") + b"\x7f" * 5000 + b"K\x01s."),
-        "key",
-    ),
-    "a big-endian file": (zipped(b"\x80\x02}.").replace(b"little", b"bigbig"), ""),
-    "legacy terabyte": (
-        saved({"a": torch.zeros(10)}, "legacy").replace(b"K\nN", b"\x8a\x06" + TERA.to_bytes(6, "little") + b"N"),
-        "claim 4398046511104 bytes",
-    ),
-    "safetensors terabyte": (
-        (lambda header: len(header).to_bytes(8, "little") + header)(
-            b'{"a":{"dtype":"F32","shape":[1099511627776],"data_offsets":[0,4398046511104]}}'
-        ),
-        "",
-    ),
-    "safetensors of a huge header": ((2**62).to_bytes(8, "little") + b"{", ""),
-    "an empty file": (b"", "starts neither"),
-    "text": (b"not a checkpoint", "starts neither"),
-    "a pickle": (pickle.dumps({"a": 1}), "not one of torch.save"),
-}
 
 
 @pytest.mark.parametrize("name", HOSTILE)

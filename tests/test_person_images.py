@@ -92,6 +92,49 @@ def test_parquet(tmp_path, whole_folder):
     assert rows[0]["image"]["bytes"] == picture(size=(3, 5))
 
 
+@pytest.mark.parametrize("name", ["data[1]", "data*", "data?"])
+def test_folder_name_is_no_pattern(tmp_path, name):
+    for folder, num_rows in ((name, 2), ("data1", 5)):
+        (tmp_path / folder / "sub").mkdir(parents=True)
+        parquet(tmp_path / folder / "train-0.parquet", num_rows)
+        (tmp_path / folder / "notes.txt").write_text("?")
+    (tmp_path / "link").symlink_to(tmp_path / name)
+    for source in (tmp_path / name, tmp_path / name / "train-0.parquet", tmp_path / "link"):
+        assert len(load_person_images(source)) == 2
+    parquet(tmp_path / name / "sub" / "crops-[0].parquet", 3)
+    (tmp_path / name / "README.md").write_text(
+        "---\nconfigs:\n- config_name: labelled\n  default: true\n  data_files: train-0.parquet\n"
+        "- config_name: unlabelled\n  data_files: sub/crops-*.parquet\n---\n"
+    )
+    assert len(load_person_images(tmp_path / name)) == 3
+    text = (tmp_path / name / "README.md").read_text()
+    (tmp_path / name / "README.md").write_text(text.replace("unlabelled", "other"))
+    assert len(load_person_images(tmp_path / name)) == 2
+    (tmp_path / name / "README.md").write_text(text.replace("unlabelled", "other").replace("  default: true\n", ""))
+    with pytest.raises(ValueError, match="none of its configs is the default: labelled, other"):
+        load_person_images(tmp_path / name)
+
+
+def test_parquet_at_a_path_with_two_colons_is_refused_by_name(tmp_path):
+    (tmp_path / "x").mkdir()
+    parquet(tmp_path / "x" / "train.parquet")
+    (tmp_path / "x").rename(tmp_path / "x::y")
+    for source in (tmp_path / "x::y", tmp_path / "x::y" / "train.parquet"):
+        with pytest.raises(ValueError, match="x::y.*rename"):
+            load_person_images(source)
+
+
+@pytest.mark.parametrize(
+    "readme",
+    ["configs: [", "configs: {a: 1}", "dataset_info: [1]", "configs:\n- {config_name: a, data_files: 5}"],
+)
+def test_readme_that_describes_nothing(tmp_path, readme):
+    parquet(tmp_path / "train.parquet")
+    (tmp_path / "README.md").write_text(f"---\n{readme}\n---\n")
+    with pytest.raises(ValueError, match=f"{tmp_path}.*can't be read"):
+        load_person_images(tmp_path)
+
+
 def test_unlabelled_config(tmp_path):
     root = tmp_path / "data"
     root.mkdir()
@@ -116,6 +159,14 @@ def test_demo_data():
 def test_missing_path(name):
     with pytest.raises(FileNotFoundError, match=f"{name}: no such file or folder"):
         load_person_images(name)
+
+
+def test_an_empty_path_is_not_the_current_folder(tree, monkeypatch):
+    monkeypatch.chdir(tree)
+    with pytest.raises(FileNotFoundError, match="An empty path.*variable"):
+        load_person_images("")
+    with pytest.raises(FileNotFoundError, match="An empty path"):
+        load_person_images("luperson", root="")
 
 
 def test_nothing_usable(tmp_path):

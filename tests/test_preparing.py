@@ -14,6 +14,7 @@ from pathlib import Path
 import datasets
 import filelock
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from layouts import DUKE, jpegs, msmt17, picture, to_archive, to_folder
 from PIL import Image
@@ -236,6 +237,18 @@ def test_shard_cut_off_is_written_again(small, tmp_path):
     shard.write_bytes(whole[: len(whole) // 2])
     assert prepare_dataset(small, tmp_path / "out", shard_images=2).new_shards == 1
     assert shard.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "told", ["[1]", "{}", "null", '{"rows": 1, "skipped": 3}', '{"rows": 1, "skipped": {"a": 3}}']
+)
+def test_shard_that_tells_nothing_of_itself_is_written_again(small, tmp_path, told):
+    report = prepare_dataset(small, tmp_path / "out")
+    (shard,) = (tmp_path / "out").glob("*.parquet")
+    whole = shard.read_bytes()
+    pq.write_table(pq.read_table(shard).replace_schema_metadata({"personvit": told}), shard)
+    again = prepare_dataset(small, tmp_path / "out")
+    assert again == report and shard.read_bytes() == whole
 
 
 def test_other_source_or_size_is_refused(small, tmp_path):

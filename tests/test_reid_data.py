@@ -3,6 +3,8 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -100,6 +102,17 @@ def test_parquet_without_readme(tmp_path):
     assert data["gallery"][2]["image"].getpixel((0, 0)) == (2, 0, 0)
 
 
+def test_ids_beyond_int64(tmp_path):
+    root = parquet_folder(tmp_path / "p")
+    rows = table().cast_column("person_id", datasets.Value("uint64"))
+    rows.to_parquet(root / "query.parquet")
+    assert load_reid_dataset(root)["query"]["person_id"][:] == [1, 2]
+    whole = pq.read_table(root / "query.parquet")
+    pq.write_table(whole.set_column(1, "person_id", pa.array([1, 2**64 - 1], pa.uint64())), root / "query.parquet")
+    with pytest.raises(ValueError, match="p, query: `person_id` must fit into int64: .*18446744073709551615"):
+        load_reid_dataset(root)
+
+
 def test_parquet_split_is_named_by_the_innermost_name(tmp_path):
     root = tmp_path / "p"
     for split, people in {"train": [1, 2], "query": [3, 4], "gallery": [5, 6]}.items():
@@ -108,6 +121,27 @@ def test_parquet_split_is_named_by_the_innermost_name(tmp_path):
         table(people).to_parquet(folder / ("0.parquet" if split == "gallery" else f"{split}-0.parquet"))
     data = load_reid_dataset(root)
     assert [rows["person_id"][:] for rows in data.values()] == [[1, 2], [3, 4], [5, 6]]
+
+
+@pytest.mark.parametrize("name", ["p[1]", "p*"])
+def test_folder_name_is_no_pattern(tmp_path, name):
+    root = parquet_folder(tmp_path / name)
+    parquet_folder(tmp_path / "p1", query=table([8, 8]))
+    assert load_reid_dataset(root)["query"]["person_id"][:] == [1, 2]
+    table([9, 9]).to_parquet(root / "other.parquet")
+    files = "".join(f"  - {{split: {split}, path: other.parquet}}\n" for split in ("train", "query", "gallery"))
+    (root / "README.md").write_text(f"---\nconfigs:\n- config_name: labelled\n  data_files:\n{files}---\n")
+    assert load_reid_dataset(root)["query"]["person_id"][:] == [9, 9]
+    (root / "README.md").write_text("---\nconfigs: [\n---\n")
+    with pytest.raises(ValueError, match="README.md.*can't be read"):
+        load_reid_dataset(root)
+
+
+def test_an_empty_path_is_not_the_current_folder(market, monkeypatch):
+    monkeypatch.chdir(market)
+    for arguments in ({"name_or_path": ""}, {"name_or_path": "market1501", "root": ""}):
+        with pytest.raises(FileNotFoundError, match="An empty path.*variable"):
+            load_reid_dataset(**arguments)
 
 
 def test_readme_config_is_used(tmp_path):

@@ -118,6 +118,21 @@ def test_bad_settings(change, message):
         select_images(**settings)
 
 
+def test_features_of_other_pictures_are_refused():
+    features = folder([[1, 0, 0], [1, 0, 1], [0, 1, 0]])
+    features.settings.update(data="/data/crops", split=None)
+    assert select_images(3, "cfs", 0.5, features, features, data="/data/crops").kept.sum() == 2
+    other = folder([[1, 0, 0], [1, 0, 1], [0, 1, 0]])
+    for settings, message in (
+        ({"data": "/data/others", "split": None}, "features of /data/others, not of /data/crops"),
+        ({"data": "/data/crops", "split": "gallery"}, "features of /data/crops, gallery, not of"),
+    ):
+        other.settings.update(settings)
+        for generic, adapted in ((features, other), (other, features)):
+            with pytest.raises(ValueError, match=f"f: {message}.*Embed these data"):
+                select_images(3, "cfs", 0.5, generic, adapted, data="/data/crops")
+
+
 @pytest.fixture
 def crops(tmp_path):
     return to_folder(tmp_path / "in", jpegs(f"{i}.jpg" for i in range(6)) | {"9.jpg": picture(0)})
@@ -144,9 +159,14 @@ def test_bad_index(crops, tmp_path):
     write_selection(chosen, index, str(crops), {})
     with pytest.raises(FileExistsError):
         write_selection(chosen, index, str(crops), {})
-    write_selection(chosen, tmp_path / "nested.parquet", str(index), {})
-    with pytest.raises(ValueError, match="an index of an index"):
-        load_person_images(tmp_path / "nested.parquet")
+    with pytest.raises(ValueError, match="half.parquet: this is an index.*Select from the data themselves"):
+        write_selection(chosen, tmp_path / "nested.parquet", str(index), {})
+    for name in ("nested.parquet", "itself.PARQUET"):
+        data = index if name == "nested.parquet" else tmp_path / name
+        told = b'{"data": "%s", "num_images": 7}' % str(data).encode()
+        pq.write_table(pq.read_table(index).replace_schema_metadata({SELECTION_METADATA: told}), tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name}: an index of an index"):
+            load_person_images(tmp_path / name)
     (crops / "0.jpg").unlink()
     with pytest.raises(ValueError, match="had 7 images; now 6"):
         load_person_images(index)

@@ -97,6 +97,37 @@ def test_sizes_json_saves_the_counting(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "told", ["[1]", '[["part-00000.tar", 7]]', "3", "null", '{"part-00000.tar": true}', "[" * 5000]
+)
+def test_sizes_json_that_tells_nothing(tmp_path, told):
+    folder = webdataset(tmp_path / "in")
+    (folder / "sizes.json").write_text(told)
+    assert [piece.num_rows for piece in load_person_stream(folder).pieces] == [10, 10, 3]
+
+
+@pytest.mark.parametrize("make", [webdataset, parquet])
+@pytest.mark.parametrize("name", ["in[1]", "in*"])
+def test_folder_name_is_no_pattern(tmp_path, make, name):
+    make(tmp_path / "in1", num_images=4)
+    images = load_person_stream(make(tmp_path / name))
+    assert contents(images) == [picture(index) for index in range(NUM_IMAGES)]
+    file = Path(images.files[0])
+    assert file.parent == tmp_path / name and len(load_person_stream(file)) == 10
+
+
+@pytest.mark.parametrize("make", [webdataset, parquet])
+def test_path_with_two_colons_is_refused_by_name(tmp_path, make):
+    with pytest.raises((ValueError, FileNotFoundError), match="x::y.*rename"):
+        load_person_stream(make(tmp_path / "x").rename(tmp_path / "x::y"))
+
+
+def test_readme_that_is_no_yaml(tmp_path):
+    (parquet(tmp_path / "in") / "README.md").write_text("---\nconfigs: [\n---\n")
+    with pytest.raises((ValueError, FileNotFoundError), match="README.md.*can't be read"):
+        load_person_stream(tmp_path / "in")
+
+
+@pytest.mark.parametrize(
     ("files", "message"),
     [
         ({}, "no parquet and no tar file"),

@@ -15,7 +15,7 @@ import mmap
 import pickletools
 import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,6 +31,7 @@ LEGACY_MAGIC, LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 MAX_TENSOR_BYTES_PER_FILE_BYTE = 4
 MAX_TENSOR_AXES = 8
 MAX_INSTRUCTIONS = 2_000_000  # a few seconds; a training run of ViT-L has about 100,000
+MAX_DEVICE_NAME = 20
 MAX_SHOWN = 300
 
 STORAGES = {
@@ -45,8 +46,8 @@ STORAGES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
-STORAGE_NAME = re.compile(r"torch\.(?:cuda\.)?(\w+Storage)")
-DTYPE_NAME = re.compile(r"torch\.(?:b?float|u?int|complex|bool)\d*")
+STORAGE_NAME = re.compile(r"torch\.(?:cuda\.)?(\w{1,20}Storage)")
+DTYPE_NAME = re.compile(r"torch\.(?:b?float|u?int|complex|bool)\d{0,3}")
 CALLABLE_NAMES = {
     "argparse.Namespace",
     "builtins.set",
@@ -171,9 +172,11 @@ def _read_legacy(path: Path) -> object:
     """The format before torch 1.6: five pickles, then for each storage its length and numbers."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         storages: dict[str, torch.Tensor] = {}
+        claimed = 0
 
         def load_storage(key: str, dtype: torch.dtype, count: int) -> torch.Tensor:
-            claimed = count * dtype.itemsize + sum(storage.nbytes for storage in storages.values())
+            nonlocal claimed
+            claimed += count * dtype.itemsize
             if claimed > len(data):
                 raise ValueError(f"its tensors claim {claimed} bytes, the file has {len(data)}")
             return storages.setdefault(key, torch.empty(count, dtype=dtype))
@@ -187,7 +190,9 @@ def _read_legacy(path: Path) -> object:
         if not isinstance(system, dict) or system.get("little_endian") is not True:
             raise ValueError("its numbers are not little-endian")
         contents, keys = read_pickle(), read_pickle()
-        if not isinstance(keys, list) or sorted(keys) != sorted(storages):
+        # Each is text: nested lists of lists can take forever to compare.
+        is_list = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
+        if not is_list or sorted(keys) != sorted(storages):
             raise ValueError("its list of storages is not that of its tensors")
         for key in keys:
             count = int.from_bytes(data.read(8), "little")
@@ -217,6 +222,8 @@ class PickleReader:
     def __init__(self, load_storage: StorageLoader, file_size: int):
         self.load_storage = load_storage
         self.bytes_left = MAX_TENSOR_BYTES_PER_FILE_BYTE * file_size
+        # In a file of torch.save, an instruction for each item stands before a container is made of another.
+        self.items_left = 0
         self.storages: dict[str, torch.Tensor] = {}
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
@@ -227,6 +234,7 @@ class PickleReader:
             name = instruction.name
             if count > MAX_INSTRUCTIONS:
                 raise ValueError(f"it has more than {MAX_INSTRUCTIONS} pickle instructions")
+            self.items_left += 1
             if name == "STOP":
                 break
             if name in LITERALS:
@@ -249,7 +257,10 @@ class PickleReader:
             case "MEMOIZE":
                 self.memo[len(self.memo)] = stack[-1]
             case "BINGET" | "LONG_BINGET":
-                stack.append(self.memo[argument])
+                value = self.memo[argument]
+                if isinstance(value, torch.Tensor):  # whoever reads it under two names may make two of it
+                    self._take_bytes(value.nbytes)
+                stack.append(value)
             case "TUPLE":
                 stack.append(tuple(self._since_mark()))
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
@@ -275,6 +286,8 @@ class PickleReader:
                 stack.append(_named(argument.replace(" ", ".")))
             case "STACK_GLOBAL":
                 last, module = stack.pop(), stack.pop()
+                if not isinstance(module, str) or not isinstance(last, str):
+                    raise ValueError(f"it names a {type(last).__name__} of a {type(module).__name__}")
                 stack.append(_named(f"{module}.{last}"))
             case "BINPERSID":
                 stack.append(self._storage(stack.pop()))
@@ -282,7 +295,7 @@ class PickleReader:
                 arguments, function = stack.pop(), stack.pop()
                 stack.append(self._call(function, arguments))
             case "BUILD":
-                _set_state(stack.pop(), stack[-1])
+                self._set_state(stack.pop(), stack[-1])
             case _:
                 raise ValueError(f"it holds the pickle instruction {name}, which torch.save does not write")
 
@@ -295,6 +308,8 @@ class PickleReader:
 
     def _storage(self, identity: Any) -> torch.Tensor:
         """The numbers of a storage: ("storage", its class, key, device, count), in old files with None behind."""
+        if not isinstance(identity, tuple) or len(identity) not in (5, 6):
+            raise ValueError("a tensor's storage is not described as torch.save does")
         tag, kind, key, _, count, *view = identity
         if tag != "storage" or not isinstance(kind, Named) or not isinstance(key, str) or not _is_count(count):
             raise ValueError("a tensor's storage is not described as torch.save does")
@@ -314,38 +329,60 @@ class PickleReader:
     def _call(self, function: Any, arguments: Any) -> Any:
         """What a call that the file asks for would give, if it is one of a handful."""
         match function, arguments:
-            case Named("torch._utils._rebuild_tensor" | "torch._utils._rebuild_tensor_v2"), (storage, *rest):
-                return self._tensor(storage, *rest[:3])
+            case (
+                Named("torch._utils._rebuild_tensor" | "torch._utils._rebuild_tensor_v2"),
+                (storage, offset, list() | tuple() as size, list() | tuple() as stride, *_),
+            ):
+                return self._tensor(storage, offset, size, stride)
             case Named("torch._utils._rebuild_parameter"), (torch.Tensor() as tensor, *_):
                 return tensor
             case Named("collections.OrderedDict"), ():
                 return {}
             case Named("collections.OrderedDict"), (list(pairs),):
+                self._take_items(2 * len(pairs))
                 return _with_items({}, [item for key, value in pairs for item in (key, value)])
             case Named("argparse.Namespace"), ():
                 return argparse.Namespace()
             case Named("torch.Size" | "builtins.set" | "__builtin__.set"), (list(items) | tuple(items),):
+                self._take_items(len(items))
                 return list(items)
-            case Named("torch.device"), (*parts,):
-                return ":".join(map(str, parts))
+            case Named("torch.device"), (str(kind),) if len(kind) <= MAX_DEVICE_NAME:
+                return kind
+            case Named("torch.device"), (str(kind), int(index)) if len(kind) <= MAX_DEVICE_NAME and 0 <= index < 2**16:
+                return f"{kind}:{index}"
         name = function.name if isinstance(function, Named) else type(function).__name__
         raise ValueError(f"it asks to call {name} with arguments that torch.save does not give")
 
-    def _tensor(self, storage: Any, offset: Any, size: Any, stride: Any) -> torch.Tensor:
+    def _tensor(self, storage: Any, offset: Any, size: Sequence[Any], stride: Sequence[Any]) -> torch.Tensor:
         """A view of a storage, no larger than it and within it."""
-        size, stride = list(size), list(stride)
-        if not isinstance(storage, torch.Tensor) or not all(_is_count(value) for value in (offset, *size, *stride)):
-            raise ValueError("a tensor is not described as torch.save does")
         if len(size) != len(stride) or len(size) > MAX_TENSOR_AXES:
             raise ValueError(f"a tensor has {len(size)} sizes and {len(stride)} strides")
+        if not isinstance(storage, torch.Tensor) or not all(_is_count(value) for value in (offset, *size, *stride)):
+            raise ValueError("a tensor is not described as torch.save does")
         count = math.prod(size)
         last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
         if count > storage.numel() or (count and last >= storage.numel()) or max(size, default=0) > 2**40:
             raise ValueError(f"a tensor claims {count} numbers of size {tuple(size)}, the file has {storage.numel()}")
-        self.bytes_left -= count * storage.itemsize
+        self._take_bytes(count * storage.itemsize)
+        return storage.as_strided(size, stride, offset) if count else storage.new_empty(size)
+
+    def _set_state(self, state: Any, target: Any) -> None:
+        """Sets the attributes of a Namespace; those of an OrderedDict (torch's `_metadata`) have no use here."""
+        if isinstance(target, argparse.Namespace) and isinstance(state, dict):
+            self._take_items(len(state))
+            vars(target).update({str(name): value for name, value in state.items()})
+        elif not isinstance(target, dict):
+            raise ValueError(f"it sets attributes of a {type(target).__name__}")
+
+    def _take_bytes(self, count: int) -> None:
+        self.bytes_left -= count
         if self.bytes_left < 0:
             raise ValueError("its tensors repeat each other's numbers beyond any use")
-        return storage.as_strided(size, stride, offset) if count else storage.new_empty(size)
+
+    def _take_items(self, count: int) -> None:
+        self.items_left -= count
+        if self.items_left < 0:
+            raise ValueError("its containers repeat each other's items beyond any use")
 
 
 def _named(name: str) -> Named:
@@ -372,13 +409,5 @@ def _with_items(mapping: Any, items: list[Any]) -> dict[Any, Any]:
     return mapping
 
 
-def _set_state(state: Any, target: Any) -> None:
-    """Sets the attributes of a Namespace; those of an OrderedDict (torch's `_metadata`) have no use here."""
-    if isinstance(target, argparse.Namespace) and isinstance(state, dict):
-        vars(target).update({str(name): value for name, value in state.items()})
-    elif not isinstance(target, dict):
-        raise ValueError(f"it sets attributes of a {type(target).__name__}")
-
-
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63

@@ -32,7 +32,7 @@ _HEADERS_READ_WHOLE = (
     tarfile.SOLARIS_XHDTYPE,
 )
 _MAX_COMPRESSION = 100  # images hardly shrink; deflate's limit is about 1,000
-_ADDRESS = re.compile(r"(zip|tar|lmdb)://(.+)::(.+)", re.DOTALL)
+_ADDRESS = re.compile(r"(?:zip|tar|lmdb)://(.+::.+)", re.DOTALL)
 
 
 class UnreadableFile(ValueError):
@@ -298,7 +298,7 @@ def open_tree(path: str | os.PathLike) -> FileTree:
         ValueError: It is none of these, or can't be read at all.
         ImportError: An LMDB without the package lmdb.
     """
-    path = Path(path).absolute()
+    path = given_path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder.")
     name = path.name.lower()
@@ -311,6 +311,17 @@ def open_tree(path: str | os.PathLike) -> FileTree:
     if name.endswith(TAR_SUFFIXES + COMPRESSED_TAR_SUFFIXES):
         return TarTree(path)
     raise ValueError(f"{path}: neither a folder nor an archive ({', '.join(ARCHIVE_SUFFIXES)}).")
+
+
+def given_path(path: str | os.PathLike) -> Path:
+    """An absolute path, "~" resolved.
+
+    Raises:
+        FileNotFoundError: It is empty, as "$DATA" is without the variable; `Path` makes the current folder of it.
+    """
+    if not os.fspath(path):
+        raise FileNotFoundError("An empty path was given; expected a file or folder. Is a variable not set?")
+    return Path(path).expanduser().absolute()
 
 
 def is_lmdb(path: Path) -> bool:
@@ -329,7 +340,7 @@ def read_address(address: str | os.PathLike) -> bytes:
     parts = _ADDRESS.fullmatch(address) if isinstance(address, str) else None
     if parts is None:
         return read_file(address)
-    _, name, path = parts.groups()
+    name, path = _split_address(parts[1])
     try:
         tree = _opened_tree(path, os.getpid())
     except (OSError, ValueError) as error:
@@ -338,6 +349,13 @@ def read_address(address: str | os.PathLike) -> bytes:
         return tree.read(name)
     except KeyError:
         raise UnreadableFile(f"{address}: the archive has no such file.", "missing") from None
+
+
+def _split_address(address: str) -> tuple[str, str]:
+    """Member and archive of "<member>::<archive>"; either may have "::" in its own name, so what exists decides."""
+    places = [match.start() for match in re.finditer("(?=::)", address)]
+    splits = [(address[:place], address[place + 2 :]) for place in places]
+    return next((split for split in splits if os.path.isabs(split[1]) and os.path.exists(split[1])), splits[-1])
 
 
 @functools.lru_cache(maxsize=64)

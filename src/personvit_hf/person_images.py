@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import io
 import json
 import logging
@@ -17,6 +18,9 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from datasets.data_files import DataFilesDict, get_data_patterns, sanitize_patterns
+from datasets.utils.metadata import MetadataConfigs
+from huggingface_hub import DatasetCard
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .file_trees import (
@@ -24,6 +28,7 @@ from .file_trees import (
     FileTree,
     TarTree,
     UnreadableFile,
+    given_path,
     is_lmdb,
     open_tree,
     read_address,
@@ -84,9 +89,9 @@ def load_person_images(
     elif source.is_file() and source.suffix.lower() == ".parquet":
         if (told := selection_settings(source)) is not None:
             return _selected(source, told, keep)
-        rows = load_rows("parquet", split="train", data_files=str(source))
+        rows = load_rows("parquet", split="train", data_files=literal(source))
     elif source.is_dir() and any(file.endswith(".parquet") for file in walk_files(source)):
-        rows = load_rows(str(source), config="unlabelled", split="train")
+        rows = load_rows(source, config="unlabelled", split="train")
     else:
         addresses = []
         for tree in image_trees(source):
@@ -127,10 +132,18 @@ def selection_settings(file: Path) -> dict[str, Any] | None:
     return told
 
 
+def require_no_index(data: str | os.PathLike) -> None:
+    """Raises a ValueError if data are an index of `personvit data select`, which can't be selected from."""
+    file = Path(data)
+    if file.suffix.lower() == ".parquet" and file.is_file() and selection_settings(file) is not None:
+        raise ValueError(f"{file}: this is an index of `personvit data select`. Select from the data themselves.")
+
+
 def _selected(file: Path, told: dict[str, Any], keep: Sequence[str]) -> datasets.Dataset:
-    if Path(told["data"]).suffix == ".parquet" and Path(told["data"]).is_file():
-        if selection_settings(Path(told["data"])) is not None:
-            raise ValueError(f"{file}: an index of an index, {told['data']}. Select from the data themselves.")
+    try:
+        require_no_index(told["data"])
+    except ValueError as error:
+        raise ValueError(f"{file}: an index of an index. {error}") from error
     try:
         rows = load_person_images(told["data"], keep=keep)
     except FileNotFoundError as error:
@@ -160,7 +173,7 @@ def luperson_path(name: str | os.PathLike, root: str | os.PathLike) -> Path:
     """
     if str(name).lower() not in _LUPERSON_NAMES:
         raise ValueError(f"`root` goes with the name of a data set, luperson; got {name}. Give a path without `root`.")
-    root = Path(root).expanduser().absolute()
+    root = given_path(root)
     if not root.exists():
         raise FileNotFoundError(f"{root}: no such file or folder to look for {name} in.")
     while root.is_dir():  # archives and copies nest the name: luperson/LUP/...
@@ -390,7 +403,7 @@ def resolve_source(name_or_path: str | os.PathLike) -> Path | str:
     Raises:
         FileNotFoundError: It is neither.
     """
-    path = Path(name_or_path).expanduser().absolute()
+    path = given_path(name_or_path)
     if path.exists():
         return path
     if isinstance(name_or_path, str) and _HUB_NAME.fullmatch(name_or_path):
@@ -398,28 +411,79 @@ def resolve_source(name_or_path: str | os.PathLike) -> Path | str:
     raise FileNotFoundError(f"{name_or_path}: no such file or folder. (A data set on the Hub is written owner/name.)")
 
 
-def load_rows(source: str, config: str | None = None, **options: Any) -> Any:
+def load_rows(source: Path | str, config: str | None = None, **options: Any) -> Any:
     """`datasets.load_dataset` with the wanted config where the data set defines it, and with errors that name it.
 
     Args:
-        source: Folder, Hub data set or "parquet".
+        source: Folder, as a `Path`; or Hub data set or "parquet".
         config: Config to take if the data set's README defines it; else its default config is taken.
-        options: Go to `datasets.load_dataset`.
+        options: Go to `datasets.load_dataset`; `data_files` of this machine by their `literal` names.
 
     Raises:
         FileNotFoundError: Neither a folder nor a Hub data set that can be reached.
-        ValueError: Its files or splits can't be read.
+        ValueError: Its files, splits or README can't be read.
     """
     try:
-        if config is not None and config not in datasets.get_dataset_config_names(source):
-            config = None
-        return datasets.load_dataset(source, config, **options)
+        name, config, more = load_arguments(source, config)
+        return datasets.load_dataset(name, config, **options, **more)
     except (FileNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
             f"{source}: no such folder, and no such data set reached on the Hub: {error}"
         ) from error
-    except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
+    except OSError:  # such as a full disk
+        raise
+    except Exception as error:  # READMEs and files of any content raise a dozen types
         raise ValueError(f"{options.get('data_files', source)}: can't be read: {error.__cause__ or error}") from error
+
+
+def load_arguments(source: Path | str, config: str | None) -> tuple[str, str | None, dict[str, Any]]:
+    """What `datasets.load_dataset` takes for a folder (a `Path`) by its literal name, a Hub data set or "parquet".
+
+    Returns:
+        Path, the config if the data set defines it, and keywords.
+    """
+    if isinstance(source, Path):
+        source = source.resolve()  # as `datasets` does
+        configs = readme_configs(source)
+        if literal(source) != str(source):
+            return "parquet", None, {"data_files": _literal_files(source, configs, config)}
+    else:
+        configs = datasets.get_dataset_config_names(source) if config is not None else ()
+    return str(source), config if config in configs else None, {}
+
+
+def readme_configs(folder: Path) -> MetadataConfigs:
+    """The configs that the README of a folder defines.
+
+    Raises:
+        ValueError: It can't be read.
+    """
+    readme = folder / "README.md"
+    try:
+        return MetadataConfigs.from_dataset_card_data(DatasetCard.load(readme).data if readme.is_file() else {})
+    except Exception as error:  # YAML of any content
+        raise ValueError(f"{readme}: what it tells of the data set can't be read: {error}") from error
+
+
+def literal(path: str | os.PathLike) -> str:
+    """A path of this machine as `datasets` must be given it: [, * and ? are patterns to it, "::" parts file systems.
+
+    Raises:
+        ValueError: There is "::" in it, which can't be given.
+    """
+    if "::" in os.fspath(path):
+        raise ValueError(f'{path}: shards at a path with "::" in it can\'t be read; rename the folder or file.')
+    return glob.escape(os.fspath(path))
+
+
+def _literal_files(folder: Path, configs: MetadataConfigs, config: str | None) -> DataFilesDict:
+    """The parquet files that `datasets` would find for a config if the folder's own name were no pattern."""
+    name = config if config in configs else configs.get_default_config_name()
+    if configs and name is None:
+        raise ValueError(f"{folder}: none of its configs is the default: {', '.join(configs)}.")
+    base, patterns = literal(folder), configs.get(name, {}).get("data_files")
+    patterns = get_data_patterns(base) if patterns is None else sanitize_patterns(patterns)
+    return DataFilesDict.from_patterns(patterns, base_path=base, allowed_extensions=[".parquet"])
 
 
 def with_image_column(rows: datasets.Dataset, source: Any, decode: bool) -> datasets.Dataset:

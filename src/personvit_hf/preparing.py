@@ -223,12 +223,13 @@ def _finished(path: Path, rows: list[_Row]) -> dict[str, list[str]] | None:
         return None
     try:
         found = json.loads(pq.read_metadata(path).metadata[_METADATA])
-    except (pa.ArrowInvalid, OSError, TypeError, KeyError, ValueError):
+        fingerprint, skipped = found["rows"], {reason: list(names) for reason, names in found["skipped"].items()}
+    except (pa.ArrowInvalid, OSError, TypeError, KeyError, ValueError, AttributeError, RecursionError):
         logger.warning("%s is cut off or damaged; it is written again.", path)
         return None
-    if found["rows"] != _fingerprint(rows):
+    if fingerprint != _fingerprint(rows):
         raise ValueError(f"{path}: holds other images than the source does now. Choose another folder, or remove it.")
-    return found["skipped"]
+    return skipped
 
 
 def _write_shard(path: Path, rows: list[_Row]) -> dict[str, list[str]]:

@@ -10,8 +10,8 @@ from typing import Any
 
 import datasets
 
-from .file_trees import TarTree, UnreadableFile, open_tree, walk_files
-from .person_images import load_rows, resolve_source, warn_of_skipped, with_image_column
+from .file_trees import TarTree, UnreadableFile, given_path, open_tree, walk_files
+from .person_images import literal, load_rows, readme_configs, resolve_source, warn_of_skipped, with_image_column
 from .reid_layouts import (
     MARKET_FOLDERS,
     LabelledFiles,
@@ -65,7 +65,7 @@ def load_reid_dataset(name_or_path: str | os.PathLike, root: str | os.PathLike |
             f"{name_or_path}: no such file or folder. For the benchmark of this name, say where it lies: "
             f"load_reid_dataset({str(name_or_path)!r}, root=...)."
         )
-    source = resolve_source(name_or_path) if root is None else Path(root)
+    source = resolve_source(name_or_path) if root is None else given_path(root)
     if isinstance(source, str):
         found = load_rows(source, config="labelled")
     else:
@@ -108,8 +108,8 @@ def labelled_files(name_or_path: str | os.PathLike, root: str | os.PathLike | No
         FileNotFoundError, ValueError: As in `load_reid_dataset`.
     """
     if root is not None:
-        return find_benchmark(str(name_or_path), Path(root))
-    return find_layout(open_tree(Path(name_or_path).expanduser()))
+        return find_benchmark(str(name_or_path), given_path(root))
+    return find_layout(open_tree(name_or_path))
 
 
 def _table(files: LabelledFiles) -> dict[str, datasets.Dataset]:
@@ -169,14 +169,14 @@ def _local_parquet(root: Path) -> dict[str, datasets.Dataset]:
             f"{root}: neither a Market-1501 tree ({', '.join(MARKET_FOLDERS.values())}), nor one of MSMT17, nor a "
             "folder of parquet files."
         )
-    if "labelled" in datasets.get_dataset_config_names(str(root)):
-        return load_rows(str(root), config="labelled")
+    if "labelled" in readme_configs(root):
+        return load_rows(root, config="labelled")
     by_split: dict[str, list[str]] = {split: [] for split in SPLITS}
     for file in sorted(files):
         # The innermost name decides: train_data/query-0.parquet is query.
         names = [split for part in reversed(Path(file).parts) for split in SPLITS if part.startswith(split)]
         if names:
-            by_split[names[0]].append(str(root / file))
+            by_split[names[0]].append(literal(root / file))
     absent = [split for split, paths in by_split.items() if not paths]
     if absent:
         raise ValueError(
@@ -198,7 +198,10 @@ def _checked(rows: datasets.Dataset, source: str) -> datasets.Dataset:
         if "int" not in getattr(feature, "dtype", "") or nulls:
             raise ValueError(f"{source}: `{column}` must hold integers; it is {feature} with {nulls} empty rows.")
         if feature != datasets.Value("int64"):
-            rows = rows.cast_column(column, datasets.Value("int64"))
+            try:
+                rows = rows.cast_column(column, datasets.Value("int64"))
+            except ValueError as error:
+                raise ValueError(f"{source}: `{column}` must fit into int64: {error}") from error
     rows = with_image_column(rows, source, decode=True)
     first = ["image", *ID_COLUMNS]
     return rows.select_columns(first + [column for column in rows.column_names if column not in first])

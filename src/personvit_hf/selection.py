@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from .embedding import EmbeddingFolder
 from .files import written_aside
-from .person_images import SELECTION_METADATA
+from .person_images import SELECTION_METADATA, require_no_index
 from .search import ExactIndex
 
 SELECTION_RULES = ("cfs", "random")
@@ -136,6 +136,7 @@ def select_images(
     adapted: EmbeddingFolder | None = None,
     near_duplicate: float | None = None,
     seed: int = 0,
+    data: str | None = None,
 ) -> Selection:
     """Chooses images of a data set.
 
@@ -149,6 +150,7 @@ def select_images(
         adapted: Features of the model after; also what near-duplicates are told by.
         near_duplicate: As `near_duplicates` takes it; None to leave them in.
         seed: Of the random numbers.
+        data: The data set, as `write_selection` takes it: features of other data, or of a split, are refused.
 
     Raises:
         ValueError: Features are missing, of other data or of different widths, or a number is out of range.
@@ -161,12 +163,7 @@ def select_images(
         raise ValueError("Selection by cfs needs features of two models, `generic` and `adapted`.")
     if near_duplicate is not None and adapted is None:
         raise ValueError("Near-duplicates are told by the features of a model: give `adapted`.")
-    for folder in (generic, adapted):
-        if folder is not None and folder.settings["num_images"] != num_images:
-            raise ValueError(
-                f"{folder.path}: features of {folder.settings['num_images']} images, the data have {num_images}. "
-                "Embed these data."
-            )
+    _check_features([folder for folder in (generic, adapted) if folder is not None], num_images, data)
     scores = np.random.default_rng(seed).random(num_images, dtype=np.float32)
     names: list[str | None] = [None] * num_images
     repeated = np.full(num_images, -1, np.int64)
@@ -192,6 +189,19 @@ def select_images(
     return Selection(scores, repeated, kept, names)
 
 
+def _check_features(folders: list[EmbeddingFolder], num_images: int, data: str | None) -> None:
+    for folder in folders:
+        if folder.settings["num_images"] != num_images:
+            raise ValueError(
+                f"{folder.path}: features of {folder.settings['num_images']} images, the data have {num_images}. "
+                "Embed these data."
+            )
+        of, split = folder.settings.get("data"), folder.settings.get("split")
+        if data is not None and (of, split) != (data, None):
+            whose = f"{of}, {split}" if split else of
+            raise ValueError(f"{folder.path}: features of {whose}, not of {data}. Embed these data.")
+
+
 def write_selection(selection: Selection, out: str | os.PathLike, data: str, settings: dict[str, Any]) -> None:
     """Writes the index: a parquet file with the columns row, name, score, duplicate_of and kept, of all images.
 
@@ -202,11 +212,12 @@ def write_selection(selection: Selection, out: str | os.PathLike, data: str, set
         settings: How it was made.
 
     Raises:
-        ValueError: `out` doesn't end in .parquet.
+        ValueError: `out` doesn't end in .parquet, or `data` are an index themselves.
         FileExistsError: There is such a file.
     """
     if Path(out).suffix != ".parquet":
         raise ValueError(f"{out}: the index is a parquet file; give it a name that ends in .parquet.")
+    require_no_index(data)
     table = pa.Table.from_pydict(
         {
             "row": np.arange(len(selection.kept)),

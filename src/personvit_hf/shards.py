@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .file_trees import walk_files
-from .person_images import IMAGE_SUFFIXES, load_rows, resolve_source, selection_settings
+from .person_images import IMAGE_SUFFIXES, literal, load_arguments, resolve_source, selection_settings
 
 PARQUET_SUFFIX = ".parquet"
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -145,11 +145,11 @@ def load_person_stream(name_or_path: str | Path) -> ShardedImages:
     name = str(name_or_path)
     source, config, options = _locate(name)
     try:
-        if config is not None and config not in datasets.get_dataset_config_names(source):
-            config = None
+        source, config, found = load_arguments(source, config)
+        options |= found
         builder = datasets.load_dataset_builder(source, config, **options)
         files = [str(file) for file in (builder.config.data_files or {}).get("train", ())]
-    except (OSError, ValueError) as error:  # a missing file, a missing repository, no network
+    except Exception as error:  # a missing file, a missing repository, no network, a README of any content
         raise FileNotFoundError(f"{name}: no shards there that can be reached: {error}") from error
     is_parquet = all(file.lower().endswith(PARQUET_SUFFIX) for file in files)
     if not files or not (is_parquet or all(file.lower().endswith(TAR_SUFFIXES) for file in files)):
@@ -159,7 +159,7 @@ def load_person_stream(name_or_path: str | Path) -> ShardedImages:
         )
     groups = _parquet_groups(files) if is_parquet else None
     try:
-        rows = load_rows(source, config, split="train", streaming=True, **options)
+        rows = datasets.load_dataset(source, config, split="train", streaming=True, **options)
     except Exception as error:  # tarfile's, say: `datasets` looks into the first files
         raise ValueError(f"{name}: its shards, such as {files[0]}, can't be read: {error}") from error
     if rows.num_shards != len(files):
@@ -168,7 +168,7 @@ def load_person_stream(name_or_path: str | Path) -> ShardedImages:
     return ShardedImages(name, rows, files, groups or _tar_counts(files, rows))
 
 
-def _locate(name: str) -> tuple[str, str | None, dict[str, Any]]:
+def _locate(name: str) -> tuple[Path | str, str | None, dict[str, Any]]:
     """Arguments for `datasets.load_dataset`: what to load, config to prefer, and data_files."""
     if _URL.fullmatch(name):
         addresses = _expand_braces(name)
@@ -183,18 +183,18 @@ def _locate(name: str) -> tuple[str, str | None, dict[str, Any]]:
     files = [str(source)] if source.is_file() else sorted(walk_files(source))
     if any(file.lower().endswith(PARQUET_SUFFIX) for file in files):
         if source.is_dir():
-            return str(source), "unlabelled", {}
+            return source, "unlabelled", {}
         if selection_settings(source) is not None:
             raise ValueError(
                 f"{name}: an index of `personvit data select` can't be streamed; read it without streaming."
             )
-        return "parquet", None, {"data_files": {"train": files}}
+        return "parquet", None, {"data_files": {"train": [literal(source)]}}
     tars = [file for file in files if file.lower().endswith(TAR_SUFFIXES)]
     if not tars:
         raise ValueError(
             f"{name}: no parquet and no tar file in it; `personvit data prepare` makes parquet of folders."
         )
-    return "webdataset", None, {"data_files": {"train": tars}}
+    return "webdataset", None, {"data_files": {"train": [literal(file) for file in tars]}}
 
 
 def _expand_braces(address: str) -> list[str]:
@@ -245,9 +245,10 @@ def _tar_counts(files: list[str], rows: datasets.IterableDataset) -> list[int]:
         try:
             with fsspec.open(f"{folder}/{_COUNTS_FILE}", "rb") as content:
                 found = json.loads(content.read(2**24))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             continue
-        told |= {f"{folder}/{name}": count for name, count in found.items() if isinstance(count, int) and count >= 0}
+        if isinstance(found, dict):
+            told |= {f"{folder}/{name}": count for name, count in found.items() if type(count) is int and count >= 0}
     unknown = [file for file in files if file not in told]
     if any(_URL.fullmatch(file) for file in unknown):
         warnings.warn(

@@ -87,6 +87,8 @@ def _id_array(values: Any, name: str, length: int | None = None) -> np.ndarray:
         raise ValueError(f"`{name}` must have {length} entries, as many as there are person ids; got {array.size}.")
     if array.dtype.kind == "O" and not all(isinstance(value, str) for value in array):
         raise ValueError(f"`{name}` must hold integers or strings; it mixes them or holds others.")
+    if array.dtype.kind == "u" and array.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"`{name}` must hold integers of 64 bits with a sign, got {array.max()}.")
     return array.astype(np.str_ if array.dtype.kind in "UO" else np.int64)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from .counting import match_ranks
 from .distances import EmbeddingDistances, GivenDistances, Metric, pairwise_distances
 from .ids import RetrievalIds
-from .scores import QueryScores, RocCounts, bootstrap_intervals, cmc_curve, group_figures, mean_figures
+from .scores import QueryScores, RocCounts, bootstrap_intervals, checked_groups, cmc_curve, group_figures, mean_figures
 
 __all__ = ["evaluate_reid", "pairwise_distances"]
 
@@ -74,6 +74,7 @@ def evaluate_reid(
         confidence: share of the resamples that an interval holds.
         seed: seed of the resamples.
         query_groups: labels of the queries by name, such as {"occlusion": (queries,) labels}; figures for each label.
+            Strings or numbers, without None and NaN.
         camera_pairs: whether to score the queries of each camera against the gallery of each camera, too.
         chunk_elements: distances held at once; less memory, more passes. 2^24 by default (64 MiB).
 
@@ -107,6 +108,7 @@ def evaluate_reid(
     )
     ids = RetrievalIds.of(query_person_ids, gallery_person_ids, query_camera_ids, gallery_camera_ids, protocol)
     shape = (ids.query_people.size, ids.gallery_people.size)
+    groups = None if query_groups is None else checked_groups(query_groups, shape[0])
     pairs = _distances(query_embeddings, gallery_embeddings, distances, metric, shape)
     roc = None if false_positive_rates is None else RocCounts(pairs.limits)
     ranks = match_ranks(pairs, ids, ties, chunk_elements, roc)
@@ -131,10 +133,8 @@ def evaluate_reid(
     if bootstrap:
         people = ids.query_people[scores.queries]
         figures["confidence_intervals"] = bootstrap_intervals(scores, people, bootstrap, confidence, seed)
-    if query_groups is not None:
-        figures["by_group"] = {
-            name: group_figures(scores, labels, name, shape[0]) for name, labels in query_groups.items()
-        }
+    if groups is not None:
+        figures["by_group"] = {name: group_figures(scores, labels, name) for name, labels in groups.items()}
     if camera_pairs:
         figures["by_camera_pair"] = list(_camera_pairs(pairs, ids, ties, chunk_elements))
     return figures

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,15 +96,36 @@ def bootstrap_intervals(
     return intervals
 
 
-def group_figures(scores: QueryScores, labels: Any, name: str, num_queries: int) -> list[dict[str, Any]]:
-    """Figures of the valid queries with each label, one row for each label in sorted order.
+def checked_groups(query_groups: Any, num_queries: int) -> dict[str, np.ndarray]:
+    """The labels of all queries, by name, as arrays of strings, numbers or bools.
 
     Raises:
-        ValueError: There isn't one label for each query.
+        ValueError: They are no mapping, or there isn't one label for each query.
     """
-    labels = np.asarray(labels)
-    if labels.shape != (num_queries,):
-        raise ValueError(f"`query_groups[{name!r}]` must have {num_queries} entries, got shape {labels.shape}.")
+    if not isinstance(query_groups, Mapping):
+        raise ValueError(
+            f"`query_groups` must be a dict of labels by name, such as {{'occlusion': labels}}, got a "
+            f"{type(query_groups).__name__}."
+        )
+    groups = {}
+    for name, labels in query_groups.items():
+        array = np.asarray(labels)
+        if array.shape != (num_queries,):
+            raise ValueError(f"`query_groups[{name!r}]` must have {num_queries} entries, got shape {array.shape}.")
+        kind = array.dtype.kind
+        if kind in "UO" and all(isinstance(label, str) for label in labels):
+            array = array.astype(np.str_)
+        elif kind not in "biuf" or (kind == "f" and np.isnan(array).any()):
+            raise ValueError(
+                f"`query_groups[{name!r}]` must hold strings or numbers for all queries; it mixes them or holds None, "
+                "NaN or others. Give queries without a label one of their own."
+            )
+        groups[name] = array
+    return groups
+
+
+def group_figures(scores: QueryScores, labels: np.ndarray, name: str) -> list[dict[str, Any]]:
+    """Figures of the valid queries with each label of all queries, one row for each label in sorted order."""
     labels = labels[scores.queries]
     rows = []
     for label in np.unique(labels):
