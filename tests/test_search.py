@@ -131,9 +131,22 @@ def test_an_index_is_kept_and_one_of_another_model_is_refused(tmp_path):
     stamp.write_text(json.dumps(json.loads(stamp.read_text()) | {"factory": "IVF8,PQ4"}))
     with pytest.raises(ValueError, match="or of another kind"):
         FaissIndex(folder, "flat")
+    stamp.write_text("{")
+    with pytest.raises(ValueError, match=r"index-flat\.faiss.*Remove it"):
+        FaissIndex(folder, "flat")
     stamp.unlink()
     with pytest.raises(ValueError, match="index of other embeddings"):
         FaissIndex(folder, "flat")
+
+
+def test_an_index_of_as_many_other_images_is_refused(tmp_path):
+    pytest.importorskip("faiss")
+    FaissIndex(gallery_folder(tmp_path), "flat")
+    replaced = gallery_folder(tmp_path, seed=1)
+    with pytest.raises(ValueError, match=r"index-flat\.faiss is an index of other embeddings.*Remove it"):
+        FaissIndex(replaced, "flat")
+    (tmp_path / "index-flat.faiss").unlink()
+    assert FaissIndex(replaced, "flat").search(replaced.embeddings[:2], 1)[0].tolist() == [[0], [1]]
 
 
 @pytest.mark.slow

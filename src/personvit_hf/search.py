@@ -115,13 +115,16 @@ class FaissIndex:
         cells = int(2 ** np.round(np.log2(max(1, 2 * np.sqrt(self.size)))))
         parts = self.width // next(part for part in (4, 2, 1) if self.width % part == 0)  # 4 bits each
         factory = FAISS_KINDS[kind].format(cells=cells, parts=parts)
-        stamp = {"weights": folder.weights, "num_images": self.size, "width": self.width, "factory": factory}
+        stamp = {"gallery": _gallery_fingerprint(folder), "factory": factory}
         if file.is_file():
-            found = json.loads(stamp_file.read_text()) if stamp_file.is_file() else None
+            try:
+                found = json.loads(stamp_file.read_text())
+            except (OSError, ValueError):  # missing or damaged
+                found = None
             if found != stamp:
                 raise ValueError(
-                    f"{file} is an index of other embeddings, or of another kind ({found}; expected {stamp}). Remove "
-                    "it to build it anew."
+                    f"{file} is an index of other embeddings, or of another kind ({stamp_file.name} tells {found}; "
+                    f"expected {stamp}). Remove it to build it anew."
                 )
             self.rows.load_faiss_index("vectors", str(file))
         else:
