@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pyarrow import Table, parquet
 from safetensors.numpy import save_file
 from torch.testing import assert_close
 
@@ -236,6 +237,46 @@ def test_a_run_goes_on_where_it_was_cut_off(model, labelled, embeddings, tmp_pat
     assert (tmp_path / "shard-00000.safetensors").stat().st_mtime_ns == kept
 
 
+def test_data_that_changed_in_place_are_refused(model, labelled, embeddings, tmp_path):
+    """After a whole run and after one that was cut off: old and new never stand in one folder."""
+    paths = [row["path"] for row in labelled["image"]]
+
+    def now(order: list[int]) -> datasets.Dataset:
+        rows = labelled.remove_columns("image").add_column("image", [paths[i] for i in order])
+        return rows.cast_column("image", datasets.Image(decode=False))
+
+    write_embeddings(model, PROCESSOR, labelled, tmp_path, SOURCE, shard_images=2)
+    for cut_off in (False, True):
+        if cut_off:
+            (tmp_path / "shard-00000.safetensors").unlink()
+        with pytest.raises(ValueError, match=r"row 4 was .*4\.png.*now .*6\.png.*remove"):
+            write_embeddings(model, PROCESSOR, now([0, 1, 2, 3, 6, 4, 5]), tmp_path, SOURCE, shard_images=2)
+        assert (tmp_path / "shard-00000.safetensors").is_file() != cut_off
+    relabelled = labelled.remove_columns("person_id").add_column("person_id", [0, 1, 2, 3, 9, 5, 6])
+    with pytest.raises(ValueError, match="row 4 .*person_id.*4.*9"):
+        write_embeddings(model, PROCESSOR, relabelled, tmp_path, SOURCE, shard_images=2)
+    assert write_embeddings(model, PROCESSOR, now(list(range(7))), tmp_path, SOURCE, shard_images=2) == 1
+    folder = read_embeddings(tmp_path)
+    assert np.array_equal(folder.embeddings, embeddings)
+    folder.require_images(labelled)
+    with pytest.raises(ValueError, match=r"have changed: row 5 was .*5\.png, now .*6\.png"):
+        folder.require_images(now([0, 1, 2, 3, 4, 6, 5]))
+    with pytest.raises(ValueError, match="6 images now, 7"):
+        folder.require_images(labelled.select(range(6)))
+
+
+def test_names_are_compared_without_reading_the_images(model, paths, tmp_path):
+    """What a run that goes on asks of millions of images must not cost their bytes; broken ones are passed over."""
+    contents = [*(path.read_bytes() for path in paths[:3]), b"no image"]
+    images = [{"bytes": content, "path": f"{i}.png"} for i, content in enumerate(contents)]
+    features = datasets.Features({"image": datasets.Image(decode=False)})
+    rows = datasets.Dataset.from_dict({"image": images}, features)
+    write_embeddings(model, PROCESSOR, rows, tmp_path, SOURCE, shard_images=2, max_broken_share=0.5)
+    emptied = datasets.Dataset.from_dict({"image": [{**image, "bytes": b""} for image in images]}, features)
+    assert write_embeddings(model, PROCESSOR, emptied, tmp_path, SOURCE, shard_images=2) == 0
+    read_embeddings(tmp_path).require_images(emptied)
+
+
 def test_processes_share_the_shards(model, labelled, embeddings, tmp_path):
     parts = [write_embeddings(model, PROCESSOR, labelled, tmp_path, SOURCE, 2, index, 3) for index in range(3)]
     assert parts == [2, 1, 1]
@@ -273,6 +314,10 @@ def save_rows(folder, embeddings):
     save_file({"embeddings": embeddings}, folder / "shard-00000.safetensors")
 
 
+def save_table(folder, columns):
+    parquet.write_table(Table.from_pydict(columns), folder / "shard-00000.parquet")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -282,6 +327,8 @@ def save_rows(folder, embeddings):
         (lambda folder: (folder / "shard-00000.parquet").write_bytes(b"PAR1"), "can't be read"),
         (lambda folder: save_rows(folder, np.zeros((2, 32), np.float32)), "fit"),
         (lambda folder: save_rows(folder, np.full((7, 32), np.nan, np.float32)), "NaN"),
+        (lambda folder: save_table(folder, {"row": range(1, 8), "name": list("abcdefg")}), "fit"),
+        (lambda folder: save_table(folder, {"row": ["0"] * 7, "name": list("abcdefg")}), "fit"),
     ],
 )
 def test_damaged_folders(model, labelled, tmp_path, damage, message):

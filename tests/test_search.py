@@ -189,13 +189,18 @@ def test_drawing(tmp_path):
     for file in files:
         Image.fromarray(rng.integers(0, 256, (30, 15, 3), dtype=np.uint8)).save(file)
     settings = {"weights": "w", "data": str(tmp_path / "images"), "split": None, "num_images": 4}
-    folder = EmbeddingFolder(tmp_path, settings, unit_rows(rng, 3), np.array([0, 2, 3]), ["0", "2", "3"], {})
+    folder = EmbeddingFolder(
+        tmp_path, settings, unit_rows(rng, 3), np.array([0, 2, 3]), [str(files[i]) for i in (0, 2, 3)], {}
+    )
     indices = np.array([[2, 0, -1], [1, 2, 0]])
     draw_results(files[:2], folder, indices, tmp_path / "drawn" / "out.png")
     assert Image.open(tmp_path / "drawn" / "out.png").format == "PNG"
     with pytest.raises(ValueError, match="Nothing to draw"):
         draw_results(files[:1], folder, np.array([[-1, -1]]), tmp_path / "out.png")
-    Path(files[3]).unlink()
+    Path(files[3]).rename(tmp_path / "images" / "1a.png")
+    with pytest.raises(ValueError, match=r"changed: row 2 was .*2\.png, now .*1a\.png"):
+        draw_results(files[:2], folder, indices, tmp_path / "out.png")
+    Path(tmp_path / "images" / "1a.png").unlink()
     with pytest.raises(ValueError, match="3 images now, 4"):
         draw_results(files[:2], folder, indices, tmp_path / "out.png")
 

@@ -166,14 +166,15 @@ def embed(
     # PartialState would not see that several processes on a CPU belong together
     state = Accelerator()
     network = load_embedding_model(model).to(state.device)
+    # absolute, for a search from another folder
+    model, data = _absolute(model), _absolute(data)
     images = load_gallery_images(data, split)
     made = write_embeddings(
         network,
         AutoImageProcessor.from_pretrained(model),
         images,
         out,
-        # absolute, for a search from another folder
-        {"model": _absolute(model), "data": _absolute(data), "split": split},
+        {"model": model, "data": data, "split": split},
         shard_images,
         state.process_index,
         state.num_processes,
@@ -228,7 +229,12 @@ def evaluate(
 
 
 def _absolute(name_or_path: str) -> str:
-    return str(Path(name_or_path).resolve()) if Path(name_or_path).exists() else name_or_path
+    """One spelling of a path, from whatever folder it is named; a name on the Hub as it is."""
+    path = Path(name_or_path)
+    if not path.exists():
+        return name_or_path
+    # of a link to a file the own name is kept: its ending tells what the file is
+    return str(path.resolve() if path.is_dir() else path.parent.resolve() / path.name)
 
 
 def _print_figures(figures: dict) -> None:
@@ -351,6 +357,7 @@ def select(
 
     if out.exists():
         raise FileExistsError(f"{out} exists already: choose another name.")
+    data = _absolute(data)
     images = load_person_images(data)
     options = {"batch_size": batch_size, "num_workers": num_workers, "progress": sys.stderr.isatty()}
     folders = {
@@ -361,7 +368,7 @@ def select(
     selection = select_images(len(images), by, keep, near_duplicate=near_duplicates, seed=seed, **folders)
     settings = {"by": by, "keep": keep, "near_duplicates": near_duplicates, "seed": seed}
     settings |= {role: folder.weights for role, folder in folders.items()}
-    write_selection(selection, out, _absolute(data), settings)
+    write_selection(selection, out, data, settings)
     typer.echo(f"{out}: {selection}.")
 
 
@@ -431,7 +438,7 @@ def _embedded(name: str, images: Any, data: str, folder: Path, **options: Any) -
     from accelerate import PartialState
 
     network, processor = load_embedding_model(name), AutoImageProcessor.from_pretrained(name)
-    source = {"model": _absolute(name), "data": _absolute(data), "split": None}
+    source = {"model": _absolute(name), "data": data, "split": None}
     write_embeddings(network.to(PartialState().device), processor, images, folder, source, **options)
     return read_embeddings(folder)
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 import torch
-from pyarrow import ArrowInvalid, Table, concat_tables, parquet
+from pyarrow import ArrowInvalid, Table, concat_tables, int64, parquet, string
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch.utils.data import DataLoader
@@ -152,6 +153,18 @@ class EmbeddingFolder:
                 "with its own model."
             )
 
+    def require_images(self, images: datasets.Dataset) -> None:
+        """Raises ValueError if the images have changed since they were embedded: their number or their names."""
+        told = (
+            f"{self.settings['data']} has {len(images)} images now, {self.settings['num_images']} when it was embedded"
+        )
+        if len(images) != self.settings["num_images"]:
+            raise ValueError(f"{told}: embed it again.")
+        then = Table.from_pydict({"row": self.rows, "name": self.names})
+        changed = _first_change(then, _describe(images, 0).select(["row", "name"]))
+        if changed:
+            raise ValueError(f"{told}, but they have changed: {changed}. Embed it again.")
+
 
 def model_fingerprint(model: PreTrainedModel, processor: BaseImageProcessor) -> str:
     """What tells whether embeddings can be compared: a hash of a model's weights and its processor's settings.
@@ -182,7 +195,9 @@ def write_embeddings(
     """Embeds a data set into a folder, shard by shard; shards that are there already are not made again.
 
     A shard is `shard-00000.safetensors` (`embeddings`) and `shard-00000.parquet` (row, name, ids); it is written under
-    another name and renamed when complete, so that a killed run goes on where it stopped.
+    another name and renamed when complete, so that a killed run goes on where it stopped. Before that, names and ids
+    of what is there are compared with the data's: pictures that were added, renamed or replaced by others are noticed,
+    new content under an old name is not.
 
     Args:
         model: As in `embed_images`.
@@ -199,7 +214,7 @@ def write_embeddings(
         The number of shards made now.
 
     Raises:
-        ValueError: The folder holds embeddings of another model, revision or data set.
+        ValueError: The folder holds embeddings of another model, revision or data set, or the data have changed since.
         RuntimeError: As in `embed_images`.
     """
     folder = Path(folder)
@@ -227,12 +242,19 @@ def write_embeddings(
     else:
         with _complete_file(settings_file) as partial:
             partial.write_text(json.dumps(settings, indent=2) + "\n")
+    shards = list(_shards(folder, len(images), shard_images))
+    for file, rows in shards:  # all of them, before this process writes any
+        if file.is_file():
+            changed = _first_change(_read_table(file, rows), _describe(images.select(rows), rows.start))
+            if changed:
+                raise ValueError(
+                    f"{folder} holds embeddings of {source['data']} as it was: {changed}. Choose another folder, or "
+                    "remove this one."
+                )
     made = 0
-    for shard in range(process_index, -(-len(images) // shard_images), num_processes):
-        vectors_file = folder / f"shard-{shard:05d}.safetensors"
+    for vectors_file, rows in shards[process_index::num_processes]:
         if vectors_file.is_file():
             continue
-        rows = range(shard * shard_images, min((shard + 1) * shard_images, len(images)))
         part = images.select(rows)
         embeddings = embed_images(model, processor, part, **options)
         good = np.flatnonzero(~np.isnan(embeddings[:, 0]))
@@ -255,18 +277,15 @@ def read_embeddings(folder: str | os.PathLike) -> EmbeddingFolder:
     folder = Path(folder)
     settings = _read_settings(folder)
     vectors, tables = [], []
-    for shard in range(-(-settings["num_images"] // settings["shard_images"])):
-        file = folder / f"shard-{shard:05d}.safetensors"
+    for file, rows in _shards(folder, settings["num_images"], settings["shard_images"]):
         if not file.is_file():
             raise ValueError(f"{folder}: {file.name} is missing; run `personvit embed` again, it goes on from there.")
         try:
             vectors.append(load_file(file)["embeddings"])
-            tables.append(parquet.read_table(file.with_suffix(".parquet")))
-        except (SafetensorError, KeyError, OSError, ArrowInvalid) as error:
+        except (SafetensorError, KeyError, OSError) as error:
             raise ValueError(f"{file}: can't be read ({error}). Remove it and run `personvit embed` again.") from error
-        if vectors[-1].shape != (len(tables[-1]), settings["hidden_size"]) or not {"row", "name"} <= set(
-            tables[-1].column_names
-        ):
+        tables.append(_read_table(file, rows))
+        if vectors[-1].shape != (len(tables[-1]), settings["hidden_size"]):
             raise ValueError(f"{file}: doesn't fit its .parquet file or {SETTINGS_FILE}. Remove it and embed again.")
     embeddings, table = np.concatenate(vectors), concat_tables(tables)
     if not np.isfinite(embeddings).all():
@@ -275,12 +294,46 @@ def read_embeddings(folder: str | os.PathLike) -> EmbeddingFolder:
     return EmbeddingFolder(folder, settings, embeddings, table["row"].to_numpy(), table["name"].to_pylist(), columns)
 
 
+def _shards(folder: Path, num_images: int, shard_images: int) -> Iterator[tuple[Path, range]]:
+    """The file with the vectors of each shard, and the rows of the data that are in it."""
+    for shard, start in enumerate(range(0, num_images, shard_images)):
+        yield folder / f"shard-{shard:05d}.safetensors", range(start, min(start + shard_images, num_images))
+
+
 def _describe(rows: datasets.Dataset, first: int) -> Table:
-    """Row number, name and ids of some images."""
-    encoded = rows.cast_column("image", datasets.Image(decode=False))
-    names = [(image and image["path"]) or f"row {first + i}" for i, image in enumerate(encoded["image"])]
-    ids = {column: rows[column][:] for column in ID_COLUMNS if column in rows.column_names}
+    """Row number, name and ids of some images, whose bytes are not read."""
+    columns = [column for column in ID_COLUMNS if column in rows.column_names]
+    plain = rows.select_columns(["image", *columns]).cast_column("image", datasets.Image(decode=False)).flatten()
+    plain = plain.select_columns(["image.path", *columns]).with_format(None)
+    names = [path or f"row {first + i}" for i, path in enumerate(plain["image.path"][:])]
+    ids = {column: plain[column][:] for column in columns}
     return Table.from_pydict({"row": range(first, first + len(rows)), "name": names, **ids})
+
+
+def _read_table(file: Path, rows: range) -> Table:
+    """What `_describe` told of a shard; `file` is the one with the vectors, `rows` those that may be in it."""
+    try:
+        table = parquet.read_table(file.with_suffix(".parquet"))
+    except (OSError, ArrowInvalid) as error:
+        raise ValueError(f"{file}: its .parquet file can't be read ({error}). Remove it and embed again.") from error
+    types = dict(zip(table.schema.names, table.schema.types, strict=True))
+    good = (types.get("row"), types.get("name")) == (int64(), string())
+    if not good or not all(row in rows for row in table["row"].to_pylist()):
+        raise ValueError(f"{file}: its .parquet file doesn't fit {SETTINGS_FILE}. Remove it and embed again.")
+    return table
+
+
+def _first_change(then: Table, now: Table) -> str | None:
+    """The first image that is another now than when it was embedded; broken ones are missing from `then`."""
+    now = now.take(pc.subtract(then["row"], now["row"][0]))
+    if now.equals(then):
+        return None
+    for before, after in zip(then.to_pylist(), now.to_pylist(), strict=True):
+        if before != after:
+            names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+            was, is_now = (", ".join(f"{name} {row.get(name)}" for name in names) for row in (before, after))
+            return f"row {before['row']} was {was}, now {is_now}"
+    return None
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:

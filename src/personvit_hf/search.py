@@ -360,11 +360,7 @@ def draw_results(queries: Sequence[Path], folder: EmbeddingFolder, indices: np.n
     if not rankings.size:
         raise ValueError("Nothing to draw: no gallery image is left for some query.")
     images = load_gallery_images(folder.settings["data"], folder.settings["split"])
-    if len(images) != folder.settings["num_images"]:
-        raise ValueError(
-            f"{folder.settings['data']} has {len(images)} images now, {folder.settings['num_images']} when it was "
-            "embedded: embed it again."
-        )
+    folder.require_images(images)
     shown, places = np.unique(rankings, return_inverse=True)
     pictures = [decode_image(images[int(folder.rows[i])]["image"], folder.names[i]) for i in shown]
     # Whether they are right is not known here.
