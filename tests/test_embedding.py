@@ -310,6 +310,60 @@ def test_broken_images_are_left_out_of_a_folder(model, paths, embeddings, tmp_pa
     assert np.abs(folder.embeddings - embeddings[:3]).max() < 1e-6
 
 
+def broken_model() -> PersonViTModel:
+    model = PersonViTModel(CONFIG).eval()
+    with torch.no_grad():
+        model.layernorm.weight[0] = torch.nan
+    return model
+
+
+@pytest.mark.parametrize(
+    ("load", "message"),
+    [
+        (lambda: (broken_model(), PROCESSOR), "image 0 .*weights of the model"),
+        (
+            lambda: (
+                PersonViTModel(CONFIG),
+                PersonViTImageProcessor(**PROCESSOR.to_dict() | {"image_std": [0.0] * 3}),
+            ),
+            r"image 0 .*image processor.*image_std .0\.0, 0\.0, 0\.0",
+        ),
+    ],
+    ids=["model", "processor"],
+)
+def test_features_that_are_no_numbers_are_not_taken_for_broken_images(labelled, arrays, tmp_path, load, message):
+    loaded = load()
+    with pytest.raises(ValueError, match=message):
+        embed_images(*loaded, arrays, max_broken_share=1)
+    with pytest.raises(ValueError, match=message):
+        write_embeddings(*loaded, labelled, tmp_path / "out", SOURCE, max_broken_share=1)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shard_images": 0}, "`shard_images` must be at least 1, got 0"),
+        ({"shard_images": -1}, "`shard_images` must be at least 1, got -1"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"num_workers": -1}, "num_workers"),
+        ({"max_broken_share": 2}, "max_share"),
+    ],
+)
+def test_bad_settings_leave_nothing_behind(model, labelled, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        write_embeddings(model, PROCESSOR, labelled, tmp_path / "out", SOURCE, **options)
+    assert not list(tmp_path.iterdir())
+    write_embeddings(model, PROCESSOR, labelled, tmp_path / "out", SOURCE)
+
+
+def test_shards_without_settings_are_not_taken_over(model, labelled, tmp_path):
+    write_embeddings(model, PROCESSOR, labelled, tmp_path, SOURCE)
+    (tmp_path / "embeddings.json").unlink()
+    with pytest.raises(ValueError, match="shards, but no embeddings.json"):
+        write_embeddings(model, PROCESSOR, labelled, tmp_path, SOURCE)
+
+
 def save_rows(folder, embeddings):
     save_file({"embeddings": embeddings}, folder / "shard-00000.safetensors")
 

@@ -108,6 +108,14 @@ def test_wrong_images_or_layer():
         patch_tokens(tiny(), processor(), photographs((64, 32)), layer=2)
 
 
+def test_features_that_are_no_numbers():
+    model = tiny()
+    with torch.no_grad():
+        model.layernorm.weight[0] = torch.nan
+    with pytest.raises(ValueError, match="NaN or infinite.*model"):
+        patch_tokens(model, processor(), photographs((64, 32)))
+
+
 def test_parts_are_found_in_all_images_and_numbered_from_the_top():
     rng = np.random.default_rng(0)
     head, coat, shoes = unit_rows(rng, 3, 16)

@@ -289,8 +289,9 @@ def search(
     exclude = {"camera_id": not_camera, "track_id": not_track}
     where, exclude = ({name: values for name, values in f.items() if values} for f in (where, exclude))
     indices, similarities = searched.search(vectors, top, where, exclude)
+    nothing = "the filters leave no image of the gallery" if where or exclude else "the gallery holds no image"
     for picture, found, likeness in zip(query, indices, similarities, strict=True):
-        typer.echo(f"{picture}" if (found >= 0).any() else f"{picture}: the filters leave no image of the gallery")
+        typer.echo(f"{picture}" if (found >= 0).any() else f"{picture}: {nothing}")
         for rank, (i, similarity) in enumerate(zip(found, likeness, strict=True), start=1):
             if i >= 0:
                 ids = "".join(f"  {name} {values[i]}" for name, values in folder.columns.items())

@@ -82,7 +82,8 @@ def embed_images(
         float32 (images, hidden), each row of length 1 (or NaN).
 
     Raises:
-        ValueError: if `camera_ids` has another length.
+        ValueError: if `camera_ids` has another length, or if a good image's features are NaN or infinite: then the
+            model or the processor is broken.
         RuntimeError: if more images than `max_broken_share` can't be decoded; they are named.
     """
     if camera_ids is not None and len(camera_ids) != len(images):
@@ -111,12 +112,33 @@ def embed_images(
                 sides["camera_ids"] = torch.tensor([int(camera_ids[i]) for i in indices], device=model.device)
             outputs = model(torch.stack(pixel_values).to(model.device), **sides)
             features = outputs["embeddings"] if "embeddings" in outputs else outputs["pooler_output"]
-            embeddings[list(indices)] = torch.nn.functional.normalize(features.float(), dim=-1).cpu().numpy()
+            features = torch.nn.functional.normalize(features.float(), dim=-1).cpu()
+            _require_finite(features, pixel_values, indices, model, processor)
+            embeddings[list(indices)] = features.numpy()
         budget.end_epoch()
     finally:
         for module, was_training in modes.items():
             module.training = was_training
     return embeddings
+
+
+def _require_finite(
+    features: torch.Tensor,
+    pixel_values: Sequence[torch.Tensor],
+    indices: Sequence[int],
+    model: PreTrainedModel,
+    processor: BaseImageProcessor,
+) -> None:
+    """Tells a model or processor that makes no numbers of good images from broken images, whose rows are NaN, too."""
+    wrong = (~features.isfinite().all(dim=-1)).nonzero().flatten().tolist()
+    if not wrong:
+        return
+    cause = f"the weights of the model {model.config._name_or_path or type(model).__name__} are damaged, or overflow"
+    if not pixel_values[wrong[0]].isfinite().all():
+        statistics = {name: getattr(processor, name, None) for name in ("rescale_factor", "image_mean", "image_std")}
+        told = ", ".join(f"{name} {value}" for name, value in statistics.items())
+        cause = f"the image processor makes no finite pixels of it ({told})"
+    raise ValueError(f"The features of image {indices[wrong[0]]} are NaN or infinite: {cause}.")
 
 
 @dataclass(frozen=True)
@@ -214,10 +236,13 @@ def write_embeddings(
         The number of shards made now.
 
     Raises:
-        ValueError: The folder holds embeddings of another model, revision or data set, or the data have changed since.
+        ValueError: The folder holds embeddings of another model, revision or data set, or the data have changed since;
+            or as in `embed_images`. Nothing is written unless the first shard succeeds.
         RuntimeError: As in `embed_images`.
     """
     folder = Path(folder)
+    if shard_images < 1:
+        raise ValueError(f"`shard_images` must be at least 1, got {shard_images}.")
     settings = {
         "format": _FORMAT,
         "weights": model_fingerprint(model, processor),
@@ -227,30 +252,19 @@ def write_embeddings(
         "num_images": len(images),
         "shard_images": shard_images,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    settings_file = folder / SETTINGS_FILE
-    if settings_file.is_file():
-        found = _read_settings(folder)
-        # what the model is called and where it came from may differ: its weights tell
-        decisive = sorted(set(settings) - {"model", "revision"})
-        different = [name for name in decisive if found.get(name) != settings[name]]
-        if different:
-            raise ValueError(
-                f"{folder} holds embeddings with another {', '.join(different)} ({found.get(different[0])}; now "
-                f"{settings[different[0]]}). Choose another folder, or remove this one."
-            )
-    else:
-        with _complete_file(settings_file) as partial:
-            partial.write_text(json.dumps(settings, indent=2) + "\n")
     shards = list(_shards(folder, len(images), shard_images))
-    for file, rows in shards:  # all of them, before this process writes any
-        if file.is_file():
-            changed = _first_change(_read_table(file, rows), _describe(images.select(rows), rows.start))
-            if changed:
-                raise ValueError(
-                    f"{folder} holds embeddings of {source['data']} as it was: {changed}. Choose another folder, or "
-                    "remove this one."
-                )
+    there = [(file, rows) for file, rows in shards if file.is_file()]
+    if (folder / SETTINGS_FILE).is_file():
+        _require_settings(folder, settings)
+    elif there:
+        raise ValueError(f"{folder} holds shards, but no {SETTINGS_FILE}. Choose another folder, or remove this one.")
+    for file, rows in there:  # all of them, before this process writes any
+        changed = _first_change(_read_table(file, rows), _describe(images.select(rows), rows.start))
+        if changed:
+            raise ValueError(
+                f"{folder} holds embeddings of {source['data']} as it was: {changed}. Choose another folder, or "
+                "remove this one."
+            )
     made = 0
     for vectors_file, rows in shards[process_index::num_processes]:
         if vectors_file.is_file():
@@ -259,6 +273,7 @@ def write_embeddings(
         embeddings = embed_images(model, processor, part, **options)
         good = np.flatnonzero(~np.isnan(embeddings[:, 0]))
         table = _describe(part, rows.start)
+        _write_settings(folder, settings)  # not earlier: a model or a setting that doesn't work leaves nothing behind
         with _complete_file(vectors_file.with_suffix(".parquet")) as partial:
             parquet.write_table(table.take(good), partial)
         with _complete_file(vectors_file) as partial:  # last: it says that the shard is complete
@@ -334,6 +349,26 @@ def _first_change(then: Table, now: Table) -> str | None:
             was, is_now = (", ".join(f"{name} {row.get(name)}" for name in names) for row in (before, after))
             return f"row {before['row']} was {was}, now {is_now}"
     return None
+
+
+def _write_settings(folder: Path, settings: dict[str, Any]) -> None:
+    if (folder / SETTINGS_FILE).is_file():  # of another process, or of an earlier run
+        return _require_settings(folder, settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _complete_file(folder / SETTINGS_FILE) as partial:
+        partial.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _require_settings(folder: Path, settings: dict[str, Any]) -> None:
+    found = _read_settings(folder)
+    # what the model is called and where it came from may differ: its weights tell
+    decisive = sorted(set(settings) - {"model", "revision"})
+    different = [name for name in decisive if found.get(name) != settings[name]]
+    if different:
+        raise ValueError(
+            f"{folder} holds embeddings with another {', '.join(different)} ({found.get(different[0])}; now "
+            f"{settings[different[0]]}). Choose another folder, or remove this one."
+        )
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:

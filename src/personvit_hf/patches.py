@@ -82,7 +82,8 @@ def patch_tokens(
             was trained with make finer pictures; position embeddings are interpolated.
 
     Raises:
-        ValueError: There are no images, no such layer, or the size can't be cut into patches.
+        ValueError: There are no images, no such layer, the size can't be cut into patches, or the features are NaN or
+            infinite.
     """
     backbone, neck = backbone_and_neck(model)
     config = backbone.config
@@ -111,6 +112,11 @@ def patch_tokens(
     finally:
         backbone.set_attn_implementation(implementation)
         model.train(was_training)
+    if not all(part.isfinite().all() for part in (*tokens, *embeddings)):
+        raise ValueError(
+            "The features are NaN or infinite: the weights of the model "
+            f"{model.config._name_or_path or type(model).__name__} are damaged, or its image processor's statistics."
+        )
     return PatchTokens(
         seen,
         torch.cat(tokens).unflatten(1, (rows, columns)).numpy(),
