@@ -20,6 +20,7 @@ from personvit_hf import (
     embed_images,
 )
 from personvit_hf.embedding import model_fingerprint, read_embeddings, write_embeddings
+from personvit_hf.image_processing_personvit import PersonViTImageProcessorPil
 
 SIZES = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 64}
 CONFIG = PersonViTConfig(**SIZES, image_size=[32, 16], patch_size=8, num_labels=4, drop_path_rate=0.5)
@@ -88,6 +89,19 @@ def test_transparent_and_grey_pictures_are_read_as_rgb(model, arrays):
     assert np.array_equal(embed_images(model, PROCESSOR, grey), expected)
     opaque = [picture.convert("RGBA") for picture in grey]
     assert np.array_equal(embed_images(model, PROCESSOR, opaque), expected)
+
+
+@pytest.mark.parametrize("height", [1, 3, 4])
+@pytest.mark.parametrize("kind", [PersonViTImageProcessor, PersonViTImageProcessorPil])
+def test_low_arrays_are_not_taken_for_channels_first(model, height, kind):
+    array = np.random.default_rng(0).integers(0, 256, (height, 20, 3), dtype=np.uint8)
+    content = io.BytesIO()
+    Image.fromarray(array).save(content, "PNG")
+    processor = kind(size={"height": 32, "width": 16})
+    features = embed_images(model, processor, [Image.fromarray(array), array, content.getvalue()])
+    np.testing.assert_allclose(features[1:], features[[0, 0]], atol=1e-6)
+    with pytest.raises(ValueError, match=r"image 1 must be \(height, width, 3\), got \(3, 40, 20\)"):
+        embed_images(model, processor, [array, np.zeros((3, 40, 20), np.uint8)])
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 100])

@@ -51,7 +51,11 @@ class _ProcessedImages(torch.utils.data.Dataset):
                 image = decode_image(image, name)
             except ValueError as error:
                 return BrokenImage(name, str(error))
-        return index, self.processor(images=image, return_tensors="pt").pixel_values[0]
+        if isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[2] not in (1, 3, 4):
+            raise ValueError(f"image {index} must be (height, width, 3), got {image.shape}.")
+        # a picture 1, 3 or 4 pixels high could be taken for one with channels first
+        options = {"input_data_format": "channels_last", "return_tensors": "pt"}
+        return index, self.processor(images=image, **options).pixel_values[0]
 
 
 @torch.inference_mode()
@@ -82,7 +86,7 @@ def embed_images(
         float32 (images, hidden), each row of length 1 (or NaN).
 
     Raises:
-        ValueError: if `camera_ids` has another length, or if a good image's features are NaN or infinite: then the
+        ValueError: if `camera_ids` has another length, an array another shape, or if a good image's features are NaN or infinite: then the
             model or the processor is broken.
         RuntimeError: if more images than `max_broken_share` can't be decoded; they are named.
     """

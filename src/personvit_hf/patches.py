@@ -103,7 +103,10 @@ def patch_tokens(
     try:
         for start in range(0, len(seen), _BATCH_SIZE):
             pixel_values = processor(
-                images=list(seen[start : start + _BATCH_SIZE]), do_resize=False, return_tensors="pt"
+                images=list(seen[start : start + _BATCH_SIZE]),
+                do_resize=False,
+                input_data_format="channels_last",
+                return_tensors="pt",
             ).pixel_values
             outputs = backbone(pixel_values.to(backbone.device), output_attentions=True)
             attention.append(outputs.attentions[layer][:, :, 0, first_patch:].float().cpu())
