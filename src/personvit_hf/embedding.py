@@ -86,8 +86,8 @@ def embed_images(
         float32 (images, hidden), each row of length 1 (or NaN).
 
     Raises:
-        ValueError: if `camera_ids` has another length, an array another shape, or if a good image's features are NaN or infinite: then the
-            model or the processor is broken.
+        ValueError: if `camera_ids` has another length or an array another shape, or if a good image's features are NaN
+            or infinite: then the model or the processor is broken.
         RuntimeError: if more images than `max_broken_share` can't be decoded; they are named.
     """
     if camera_ids is not None and len(camera_ids) != len(images):
