@@ -98,6 +98,7 @@ def test_fewer_images_than_asked_for(kind, tmp_path):
     rare = int(np.bincount(folder.columns["track_id"]).argmin())
     count = int((folder.columns["track_id"] == rare).sum())
     index = make_index(kind, folder)
+    assert [part.shape for part in index.search(folder.embeddings[:2], 10**12)] == [(2, 300)] * 2
     indices, similarities = index.search(folder.embeddings[:2], count + 3, {"track_id": [rare]})
     assert (indices >= 0).sum(axis=1).tolist() == [count, count]
     assert (indices[:, count:] == -1).all() and np.isnan(similarities[:, count:]).all()
@@ -110,10 +111,9 @@ def test_exact_search_is_sorting(seed, size, k):
     rng = np.random.default_rng(seed)
     gallery = unit_rows(rng, size, 3)[rng.integers(0, size, size)]  # with duplicates: ties go by index
     indices, _ = ExactIndex(gallery, {}).search(unit_rows(rng, 4, 3), k)
-    assert indices.shape == (4, k)
+    assert indices.shape == (4, min(k, size)) and (indices >= 0).all()
     for row in indices:
-        assert (np.sort(row[: min(k, size)])[:size] >= 0).all()
-        assert len(set(row[row >= 0].tolist())) == min(k, size)
+        assert len(set(row.tolist())) == min(k, size)
 
 
 def test_an_index_is_kept_and_one_of_another_model_is_refused(tmp_path):

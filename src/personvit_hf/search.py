@@ -54,18 +54,18 @@ class ExactIndex:
 
         Args:
             queries: float32 (queries, dim), rows of length 1.
-            k: How many for each.
+            k: How many for each; at most as many as the gallery has.
             where: {column: values}; only images with one of the values, in each column named.
             exclude: {column: values}; no image with one of the values.
 
         Returns:
-            int64 (queries, k) gallery indices, most similar first, equal ones by index, -1 where there are no more;
-            and float32 (queries, k) cosine similarities, NaN there.
+            int64 (queries, k) gallery indices, most similar first, equal ones by index, -1 where the filters leave no
+            more; and float32 (queries, k) cosine similarities, NaN there.
 
         Raises:
             ValueError: A filter names a column that there is not, the widths differ, or k is below 1.
         """
-        _check_queries(queries, self.embeddings.shape[1], k)
+        k = _checked_k(k, queries, *self.embeddings.shape)
         kept = _matching(self.columns, len(self.embeddings), where, exclude)
         if kept is None:
             kept, gallery = np.arange(len(self.embeddings)), self.embeddings
@@ -150,7 +150,7 @@ class FaissIndex:
         self, queries: np.ndarray, k: int, where: Filter | None = None, exclude: Filter | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """As `ExactIndex.search`; but for "flat" some of the nearest may be missed."""
-        _check_queries(queries, self.width, k)
+        k = _checked_k(k, queries, self.size, self.width)
         kept = _matching(self.columns, self.size, where, exclude)
         wanted = min(k, self.size if kept is None else len(kept))
         fetched = wanted if self.to_compare is None else min(self.size, _COMPRESSED_FETCH * wanted)
@@ -192,7 +192,7 @@ class QdrantIndex:
         from qdrant_client import models
 
         self.client, self.name, self.columns = client, name, folder.columns
-        size, self.width = folder.embeddings.shape
+        self.size, self.width = folder.embeddings.shape
         self.batch = max(1, _QDRANT_NUMBERS // self.width)
         gallery = _gallery_fingerprint(folder)
         same = models.Filter(must=[models.FieldCondition(key="gallery", match=models.MatchValue(value=gallery))])
@@ -201,12 +201,12 @@ class QdrantIndex:
                 params = models.VectorParams(size=self.width, distance=models.Distance.COSINE)
                 client.create_collection(name, vectors_config=params)
             count = client.count(name).count
-            if count > size or client.count(name, count_filter=same).count != count:
+            if count > self.size or client.count(name, count_filter=same).count != count:
                 raise ValueError(
                     f"Collection {name!r} holds {count} images, of another model or gallery than {folder.path} with "
-                    f"{size}. Choose another name, or delete the collection."
+                    f"{self.size}. Choose another name, or delete the collection."
                 )
-            if count < size:
+            if count < self.size:
                 # Batches go in one after the other, so that all before the one that was cut off are there.
                 self._fill(folder.embeddings, gallery, count // self.batch * self.batch)
 
@@ -238,7 +238,7 @@ class QdrantIndex:
         """
         from qdrant_client import models
 
-        _check_queries(queries, self.width, k)
+        k = _checked_k(k, queries, self.size, self.width)
 
         def conditions(wanted: Filter | None) -> list:
             for column in wanted or {}:
@@ -398,11 +398,13 @@ def rank_benchmark(
     return rankings, np.where(same_person, np.where(same_camera, -1, 1), 0), similarities
 
 
-def _check_queries(queries: np.ndarray, width: int, k: int) -> None:
+def _checked_k(k: int, queries: np.ndarray, size: int, width: int) -> int:
+    """How many to find for each query, once it is known that they fit the gallery of (size, width)."""
     if k < 1:
         raise ValueError(f"`k` must be at least 1, got {k}.")
     if queries.ndim != 2 or queries.shape[1] != width:
         raise ValueError(f"`queries` must be (queries, {width}), as wide as the gallery's, got {queries.shape}.")
+    return min(k, size)
 
 
 def _matching(
