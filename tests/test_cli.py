@@ -11,9 +11,10 @@ import pytest
 import torch
 from golden_fixtures import GOLDEN
 from PIL import Image
+from pyarrow import Table, parquet
 from typer.testing import CliRunner
 
-from personvit_hf import PersonViTConfig, PersonViTForReID, PersonViTImageProcessor
+from personvit_hf import PersonViTConfig, PersonViTForReID, PersonViTImageProcessor, cli
 from personvit_hf.cli import app
 from personvit_hf.embedding import read_embeddings
 
@@ -170,6 +171,33 @@ def test_a_gallery_whose_pictures_were_replaced(checkpoint, tmp_path, monkeypatc
         assert isinstance(result.exception, ValueError)
         assert re.search(r"row 2 was .*c\.png, now .*d\.png", str(result.exception))
     assert not (tmp_path / "again.png").exists()
+
+
+def test_what_is_told_of_a_foreign_gallery_cannot_steer_the_terminal(checkpoint, tmp_path, monkeypatch, capsys):
+    save_pictures(tmp_path / "images", "a")
+    invoke("embed", tmp_path / "images", "--model", checkpoint, "--num-workers", 0, "--out", tmp_path / "gallery")
+    shard = tmp_path / "gallery" / "shard-00000.parquet"
+    parquet.write_table(Table.from_pydict({"row": [0], "name": ["é\x07\r\n   2  1.0000  b.png"]}), shard)
+    search = ["search", "--gallery", tmp_path / "gallery", "--query", tmp_path / "images" / "a.png"]
+    assert invoke(*search).stdout.splitlines()[1:] == ["   1  1.0000  é\\x07\\r\\n   2  1.0000  b.png"]
+
+    def fail():
+        raise ValueError("gallery of \x1b]0;title\x07\nsecond line")
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr().err == "personvit: gallery of \\x1b]0;title\\x07\nsecond line\n"
+
+
+def test_nothing_found_is_told_for_the_right_reason(checkpoint, tmp_path):
+    save_pictures(tmp_path / "query", "a")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_text("no picture")
+    flags = ["--model", checkpoint, "--num-workers", 0, "--max-broken-share", 1, "--out", tmp_path / "gallery"]
+    invoke("embed", tmp_path / "images", *flags)
+    found = invoke("search", "--gallery", tmp_path / "gallery", "--query", tmp_path / "query" / "a.png").output
+    assert "the gallery holds no image" in found
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
 import io
+import json
 import logging
 from pathlib import Path
 
@@ -359,6 +360,7 @@ def test_features_that_are_no_numbers_are_not_taken_for_broken_images(labelled, 
     [
         ({"shard_images": 0}, "`shard_images` must be at least 1, got 0"),
         ({"shard_images": -1}, "`shard_images` must be at least 1, got -1"),
+        ({"source": {"model": "m"}}, "`source` .*data, split"),
         ({"batch_size": 0}, "batch_size"),
         ({"num_workers": -1}, "num_workers"),
         ({"max_broken_share": 2}, "max_share"),
@@ -366,7 +368,7 @@ def test_features_that_are_no_numbers_are_not_taken_for_broken_images(labelled, 
 )
 def test_bad_settings_leave_nothing_behind(model, labelled, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
-        write_embeddings(model, PROCESSOR, labelled, tmp_path / "out", SOURCE, **options)
+        write_embeddings(model, PROCESSOR, labelled, tmp_path / "out", **{"source": SOURCE, **options})
     assert not list(tmp_path.iterdir())
     write_embeddings(model, PROCESSOR, labelled, tmp_path / "out", SOURCE)
 
@@ -382,6 +384,13 @@ def save_rows(folder, embeddings):
     save_file({"embeddings": embeddings}, folder / "shard-00000.safetensors")
 
 
+def change_settings(folder, **changes):
+    """Sets what is told in embeddings.json, or takes it away."""
+    settings = json.loads((folder / "embeddings.json").read_text()) | changes
+    settings = {name: value for name, value in settings.items() if value is not None}
+    (folder / "embeddings.json").write_text(json.dumps(settings))
+
+
 def save_table(folder, columns):
     parquet.write_table(Table.from_pydict(columns), folder / "shard-00000.parquet")
 
@@ -391,6 +400,9 @@ def save_table(folder, columns):
     [
         (lambda folder: (folder / "embeddings.json").write_text("{"), "embeddings.json"),
         (lambda folder: (folder / "embeddings.json").write_text('{"format": 1}'), "embeddings.json"),
+        (lambda folder: change_settings(folder, model=None), "embeddings.json"),
+        (lambda folder: change_settings(folder, data=["d"]), "embeddings.json"),
+        (lambda folder: change_settings(folder, split=1), "embeddings.json"),
         (lambda folder: (folder / "shard-00000.safetensors").write_bytes(b"12345678"), "can't be read"),
         (lambda folder: (folder / "shard-00000.parquet").write_bytes(b"PAR1"), "can't be read"),
         (lambda folder: save_rows(folder, np.zeros((2, 32), np.float32)), "fit"),

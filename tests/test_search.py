@@ -1,4 +1,5 @@
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -180,6 +181,12 @@ def test_unknown_kinds_and_splits(tmp_path):
         open_index(gallery_folder(tmp_path), "exact", "http://localhost:6333")
     with pytest.raises(ValueError, match="train, query, gallery"):
         load_gallery_images(str(tmp_path), "test")
+
+
+def test_what_is_missing_is_told_for_those_who_have_the_clone(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ImportError, match=r'faiss is not installed.*pip install "\.\[search\]"'):
+        FaissIndex(gallery_folder(tmp_path), "flat")
 
 
 def test_drawing(tmp_path):

@@ -237,6 +237,11 @@ def _absolute(name_or_path: str) -> str:
     return str(path.resolve() if path.is_dir() else path.parent.resolve() / path.name)
 
 
+def _printable(line: str) -> str:
+    """What files from elsewhere tell, without what would steer a terminal."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
+
+
 def _print_figures(figures: dict) -> None:
     intervals = figures.get("confidence_intervals", {})
     for name in ("mAP", "mINP", "rank1", "rank5", "rank10"):
@@ -265,8 +270,10 @@ def search(
         str | None,
         typer.Option(help="Qdrant server, such as http://localhost:6333 (key: QDRANT_API_KEY); default: in memory."),
     ] = None,
-    camera: Annotated[list[int] | None, typer.Option(help="Only these cameras.")] = None,
-    not_camera: Annotated[list[int] | None, typer.Option(help="Not these cameras.")] = None,
+    camera: Annotated[
+        list[int] | None, typer.Option(help="Only these cameras, by camera_id: it counts from 0, c1 is 0.")
+    ] = None,
+    not_camera: Annotated[list[int] | None, typer.Option(help="Not these cameras, counted in the same way.")] = None,
     track: Annotated[list[int] | None, typer.Option(help="Only these tracks.")] = None,
     not_track: Annotated[list[int] | None, typer.Option(help="Not these tracks.")] = None,
     draw: Annotated[Path | None, typer.Option(help="Picture of the results to write.")] = None,
@@ -295,7 +302,7 @@ def search(
         for rank, (i, similarity) in enumerate(zip(found, likeness, strict=True), start=1):
             if i >= 0:
                 ids = "".join(f"  {name} {values[i]}" for name, values in folder.columns.items())
-                typer.echo(f"{rank:>4}  {similarity:.4f}  {folder.names[i]}{ids}")
+                typer.echo(_printable(f"{rank:>4}  {similarity:.4f}  {folder.names[i]}{ids}"))
     if draw:
         draw_results(query, folder, indices, draw)
 
@@ -449,7 +456,7 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        typer.echo(f"personvit: {error}", err=True)
+        typer.echo("\n".join(map(_printable, f"personvit: {error}".split("\n"))), err=True)
         sys.exit(1)
 
 

@@ -230,7 +230,8 @@ def write_embeddings(
         processor: The model's own image processor.
         images: Rows with a column `image`; ids in the columns person_id, camera_id and track_id are kept.
         folder: Where to write.
-        source: What to note beside them: model and data, by the names they were loaded by.
+        source: What to note beside them: `model` and `data`, by the names they were loaded by, and `split`, a name or
+            None, as `load_gallery_images` takes it.
         shard_images: Images a shard.
         process_index: This process makes every `num_processes`-th shard, from this one.
         num_processes: How many processes share the work.
@@ -247,6 +248,9 @@ def write_embeddings(
     folder = Path(folder)
     if shard_images < 1:
         raise ValueError(f"`shard_images` must be at least 1, got {shard_images}.")
+    missing = {"model", "data", "split"} - source.keys()
+    if missing:
+        raise ValueError(f"`source` must tell model, data and split; missing: {', '.join(sorted(missing))}.")
     settings = {
         "format": _FORMAT,
         "weights": model_fingerprint(model, processor),
@@ -383,7 +387,8 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         settings = json.loads(file.read_text())
         sizes = [settings[name] for name in ("num_images", "shard_images", "hidden_size")]
         good = settings["format"] == _FORMAT and all(type(size) is int and size > 0 for size in sizes)
-        good = good and isinstance(settings["weights"], str)
+        good = good and all(isinstance(settings[name], str) for name in ("weights", "model", "data"))
+        good = good and isinstance(settings["split"], str | None)
     except (ValueError, KeyError, TypeError):
         good = False
     if not good:

@@ -96,7 +96,7 @@ class FaissIndex:
         kind: One of the three.
 
     Raises:
-        ImportError: faiss is not installed (`pip install personvit-hf[search]`).
+        ImportError: faiss is not installed (`pip install ".[search]"` in the clone).
         ValueError: There is no such kind, the folder's index is of other embeddings, or its images are too few.
     """
 
@@ -182,7 +182,7 @@ class QdrantIndex:
         folder: The embeddings.
 
     Raises:
-        ImportError: qdrant-client is not installed (`pip install personvit-hf[qdrant]`).
+        ImportError: qdrant-client is not installed (`pip install ".[qdrant]"` in the clone).
         ConnectionError: The server can't be reached, or refuses.
         ValueError: The collection holds other embeddings.
     """
@@ -430,4 +430,6 @@ def _require(module: str, extra: str) -> None:
     try:
         __import__(module)
     except ImportError as error:
-        raise ImportError(f"{module} is not installed: pip install 'personvit-hf[{extra}]'.") from error
+        raise ImportError(
+            f'{module} is not installed: in the clone of personvit-hf, pip install ".[{extra}]".'
+        ) from error
