@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,10 @@ import pytest
 import torch
 from golden_fixtures import GOLDEN
 from PIL import Image
+from pyarrow import Table, parquet
 from typer.testing import CliRunner
 
-from personvit_hf import PersonViTConfig, PersonViTForReID, PersonViTImageProcessor
+from personvit_hf import PersonViTConfig, PersonViTForReID, PersonViTImageProcessor, cli
 from personvit_hf.cli import app
 from personvit_hf.embedding import read_embeddings
 
@@ -125,11 +127,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 def test_a_gallery_is_embedded_and_searched(checkpoint, tmp_path):
     """The quick one; the slow ones below draw, filter and share the work."""
-    rng = np.random.default_rng(0)
-    (tmp_path / "images").mkdir()
-    for name in "abcd":
-        pixels = rng.integers(0, 256, (40, 20, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "images" / f"{name}.png")
+    save_pictures(tmp_path / "images", "abcd")
     process = personvit(
         *("embed", tmp_path / "images", "--model", checkpoint),
         *("--out", tmp_path / "gallery", "--num-workers", 0),
@@ -144,6 +142,62 @@ def test_a_gallery_is_embedded_and_searched(checkpoint, tmp_path):
     rank, similarity, name = first.split()
     assert (rank, similarity, Path(name).name) == ("1", "1.0000", "c.png")
     assert float(third.split()[1]) <= float(second.split()[1]) <= 1
+
+
+def save_pictures(folder: Path, names: str) -> None:
+    rng = np.random.default_rng(0)
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        Image.fromarray(rng.integers(0, 256, (40, 20, 3), dtype=np.uint8)).save(folder / f"{name}.png")
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [*map(str, arguments)])
+
+
+def test_a_gallery_whose_pictures_were_replaced(checkpoint, tmp_path, monkeypatch):
+    save_pictures(tmp_path / "images", "abcd")
+    flags = ["--model", checkpoint, "--num-workers", 0, "--shard-images", 2, "--out", tmp_path / "gallery"]
+    monkeypatch.chdir(tmp_path)
+    assert "2 shards made" in invoke("embed", "images", *flags).output
+    (tmp_path / "inside").mkdir()
+    monkeypatch.chdir(tmp_path / "inside")
+    assert "0 shards made" in invoke("embed", "../images", *flags).output  # the same, spelt otherwise
+    search = ["search", "--gallery", tmp_path / "gallery", "--query", tmp_path / "images" / "a.png"]
+    assert invoke(*search, "--draw", tmp_path / "found.png").exit_code == 0
+    (tmp_path / "images" / "c.png").rename(tmp_path / "images" / "e.png")
+    for arguments in (["embed", "../images", *flags], [*search, "--draw", tmp_path / "again.png"]):
+        result = invoke(*arguments)
+        assert isinstance(result.exception, ValueError)
+        assert re.search(r"row 2 was .*c\.png, now .*d\.png", str(result.exception))
+    assert not (tmp_path / "again.png").exists()
+
+
+def test_what_is_told_of_a_foreign_gallery_cannot_steer_the_terminal(checkpoint, tmp_path, monkeypatch, capsys):
+    save_pictures(tmp_path / "images", "a")
+    invoke("embed", tmp_path / "images", "--model", checkpoint, "--num-workers", 0, "--out", tmp_path / "gallery")
+    shard = tmp_path / "gallery" / "shard-00000.parquet"
+    parquet.write_table(Table.from_pydict({"row": [0], "name": ["é\x07\r\n   2  1.0000  b.png"]}), shard)
+    search = ["search", "--gallery", tmp_path / "gallery", "--query", tmp_path / "images" / "a.png"]
+    assert invoke(*search).stdout.splitlines()[1:] == ["   1  1.0000  é\\x07\\r\\n   2  1.0000  b.png"]
+
+    def fail():
+        raise ValueError("gallery of \x1b]0;title\x07\nsecond line")
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr().err == "personvit: gallery of \\x1b]0;title\\x07\nsecond line\n"
+
+
+def test_nothing_found_is_told_for_the_right_reason(checkpoint, tmp_path):
+    save_pictures(tmp_path / "query", "a")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_text("no picture")
+    flags = ["--model", checkpoint, "--num-workers", 0, "--max-broken-share", 1, "--out", tmp_path / "gallery"]
+    invoke("embed", tmp_path / "images", *flags)
+    found = invoke("search", "--gallery", tmp_path / "gallery", "--query", tmp_path / "query" / "a.png").output
+    assert "the gallery holds no image" in found
 
 
 @pytest.mark.slow

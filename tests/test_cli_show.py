@@ -78,6 +78,9 @@ def test_as_a_user_runs_it(checkpoint, pictures, tmp_path):
         (["attention", DATA, "--split", "query", "--rows", "90", "--out", "x.png"], r"\[0, 89\], got 90"),
         (["attention", DATA, "--split", "querry", "--out", "x.png"], "'querry'"),
         (["matches", "{a}", "--out", "x.png"], "Two pictures are matched, got 1"),
+        (["matches", "{a}", "{b}", "--top", "0", "--out", "x.png"], "at least 1, got 0"),
+        (["matches", "{a}", "{b}", "--top", "-1", "--out", "x.png"], "at least 1, got -1"),
+        (["map", DATA, "--people", "0", "--out", "x.png"], "at least 1, got 0"),
         (["occlusion", DATA, "--split", "query", "--rows", "1,2", "--out", "x.png"], "got 2"),
         (["attention", "{a}", "--out", "x.gif"], r"x\.gif: a picture's name must end in"),
         (["parts", "{a}", "--groups", "99", "--out", "x.png"], "from 2 to .* got 99"),
@@ -86,7 +89,7 @@ def test_as_a_user_runs_it(checkpoint, pictures, tmp_path):
 )
 def test_wrong_input_is_told(checkpoint, pictures, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    arguments = [argument.format(a=pictures[0]) for argument in arguments]
+    arguments = [argument.format(a=pictures[0], b=pictures[1]) for argument in arguments]
     result = show(*arguments, "--model", checkpoint)
     assert isinstance(result.exception, (ValueError, OSError)), result.output
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,5 @@
 import io
+import json
 import logging
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pyarrow import Table, parquet
 from safetensors.numpy import save_file
 from torch.testing import assert_close
 
@@ -19,6 +21,7 @@ from personvit_hf import (
     embed_images,
 )
 from personvit_hf.embedding import model_fingerprint, read_embeddings, write_embeddings
+from personvit_hf.image_processing_personvit import PersonViTImageProcessorPil
 
 SIZES = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 64}
 CONFIG = PersonViTConfig(**SIZES, image_size=[32, 16], patch_size=8, num_labels=4, drop_path_rate=0.5)
@@ -87,6 +90,19 @@ def test_transparent_and_grey_pictures_are_read_as_rgb(model, arrays):
     assert np.array_equal(embed_images(model, PROCESSOR, grey), expected)
     opaque = [picture.convert("RGBA") for picture in grey]
     assert np.array_equal(embed_images(model, PROCESSOR, opaque), expected)
+
+
+@pytest.mark.parametrize("height", [1, 3, 4])
+@pytest.mark.parametrize("kind", [PersonViTImageProcessor, PersonViTImageProcessorPil])
+def test_low_arrays_are_not_taken_for_channels_first(model, height, kind):
+    array = np.random.default_rng(0).integers(0, 256, (height, 20, 3), dtype=np.uint8)
+    content = io.BytesIO()
+    Image.fromarray(array).save(content, "PNG")
+    processor = kind(size={"height": 32, "width": 16})
+    features = embed_images(model, processor, [Image.fromarray(array), array, content.getvalue()])
+    np.testing.assert_allclose(features[1:], features[[0, 0]], atol=1e-6)
+    with pytest.raises(ValueError, match=r"image 1 must be \(height, width, 3\), got \(3, 40, 20\)"):
+        embed_images(model, processor, [array, np.zeros((3, 40, 20), np.uint8)])
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 100])
@@ -236,6 +252,46 @@ def test_a_run_goes_on_where_it_was_cut_off(model, labelled, embeddings, tmp_pat
     assert (tmp_path / "shard-00000.safetensors").stat().st_mtime_ns == kept
 
 
+def test_data_that_changed_in_place_are_refused(model, labelled, embeddings, tmp_path):
+    """After a whole run and after one that was cut off: old and new never stand in one folder."""
+    paths = [row["path"] for row in labelled["image"]]
+
+    def now(order: list[int]) -> datasets.Dataset:
+        rows = labelled.remove_columns("image").add_column("image", [paths[i] for i in order])
+        return rows.cast_column("image", datasets.Image(decode=False))
+
+    write_embeddings(model, PROCESSOR, labelled, tmp_path, SOURCE, shard_images=2)
+    for cut_off in (False, True):
+        if cut_off:
+            (tmp_path / "shard-00000.safetensors").unlink()
+        with pytest.raises(ValueError, match=r"row 4 was .*4\.png.*now .*6\.png.*remove"):
+            write_embeddings(model, PROCESSOR, now([0, 1, 2, 3, 6, 4, 5]), tmp_path, SOURCE, shard_images=2)
+        assert (tmp_path / "shard-00000.safetensors").is_file() != cut_off
+    relabelled = labelled.remove_columns("person_id").add_column("person_id", [0, 1, 2, 3, 9, 5, 6])
+    with pytest.raises(ValueError, match="row 4 .*person_id.*4.*9"):
+        write_embeddings(model, PROCESSOR, relabelled, tmp_path, SOURCE, shard_images=2)
+    assert write_embeddings(model, PROCESSOR, now(list(range(7))), tmp_path, SOURCE, shard_images=2) == 1
+    folder = read_embeddings(tmp_path)
+    assert np.array_equal(folder.embeddings, embeddings)
+    folder.require_images(labelled)
+    with pytest.raises(ValueError, match=r"have changed: row 5 was .*5\.png, now .*6\.png"):
+        folder.require_images(now([0, 1, 2, 3, 4, 6, 5]))
+    with pytest.raises(ValueError, match="6 images now, 7"):
+        folder.require_images(labelled.select(range(6)))
+
+
+def test_names_are_compared_without_reading_the_images(model, paths, tmp_path):
+    """What a run that goes on asks of millions of images must not cost their bytes; broken ones are passed over."""
+    contents = [*(path.read_bytes() for path in paths[:3]), b"no image"]
+    images = [{"bytes": content, "path": f"{i}.png"} for i, content in enumerate(contents)]
+    features = datasets.Features({"image": datasets.Image(decode=False)})
+    rows = datasets.Dataset.from_dict({"image": images}, features)
+    write_embeddings(model, PROCESSOR, rows, tmp_path, SOURCE, shard_images=2, max_broken_share=0.5)
+    emptied = datasets.Dataset.from_dict({"image": [{**image, "bytes": b""} for image in images]}, features)
+    assert write_embeddings(model, PROCESSOR, emptied, tmp_path, SOURCE, shard_images=2) == 0
+    read_embeddings(tmp_path).require_images(emptied)
+
+
 def test_processes_share_the_shards(model, labelled, embeddings, tmp_path):
     parts = [write_embeddings(model, PROCESSOR, labelled, tmp_path, SOURCE, 2, index, 3) for index in range(3)]
     assert parts == [2, 1, 1]
@@ -269,8 +325,74 @@ def test_broken_images_are_left_out_of_a_folder(model, paths, embeddings, tmp_pa
     assert np.abs(folder.embeddings - embeddings[:3]).max() < 1e-6
 
 
+def broken_model() -> PersonViTModel:
+    model = PersonViTModel(CONFIG).eval()
+    with torch.no_grad():
+        model.layernorm.weight[0] = torch.nan
+    return model
+
+
+@pytest.mark.parametrize(
+    ("load", "message"),
+    [
+        (lambda: (broken_model(), PROCESSOR), "image 0 .*weights of the model"),
+        (
+            lambda: (
+                PersonViTModel(CONFIG),
+                PersonViTImageProcessor(**PROCESSOR.to_dict() | {"image_std": [0.0] * 3}),
+            ),
+            r"image 0 .*image processor.*image_std .0\.0, 0\.0, 0\.0",
+        ),
+    ],
+    ids=["model", "processor"],
+)
+def test_features_that_are_no_numbers_are_not_taken_for_broken_images(labelled, arrays, tmp_path, load, message):
+    loaded = load()
+    with pytest.raises(ValueError, match=message):
+        embed_images(*loaded, arrays, max_broken_share=1)
+    with pytest.raises(ValueError, match=message):
+        write_embeddings(*loaded, labelled, tmp_path / "out", SOURCE, max_broken_share=1)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shard_images": 0}, "`shard_images` must be at least 1, got 0"),
+        ({"shard_images": -1}, "`shard_images` must be at least 1, got -1"),
+        ({"source": {"model": "m"}}, "`source` .*data, split"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"num_workers": -1}, "num_workers"),
+        ({"max_broken_share": 2}, "max_share"),
+    ],
+)
+def test_bad_settings_leave_nothing_behind(model, labelled, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        write_embeddings(model, PROCESSOR, labelled, tmp_path / "out", **{"source": SOURCE, **options})
+    assert not list(tmp_path.iterdir())
+    write_embeddings(model, PROCESSOR, labelled, tmp_path / "out", SOURCE)
+
+
+def test_shards_without_settings_are_not_taken_over(model, labelled, tmp_path):
+    write_embeddings(model, PROCESSOR, labelled, tmp_path, SOURCE)
+    (tmp_path / "embeddings.json").unlink()
+    with pytest.raises(ValueError, match="shards, but no embeddings.json"):
+        write_embeddings(model, PROCESSOR, labelled, tmp_path, SOURCE)
+
+
 def save_rows(folder, embeddings):
     save_file({"embeddings": embeddings}, folder / "shard-00000.safetensors")
+
+
+def change_settings(folder, **changes):
+    """Sets what is told in embeddings.json, or takes it away."""
+    settings = json.loads((folder / "embeddings.json").read_text()) | changes
+    settings = {name: value for name, value in settings.items() if value is not None}
+    (folder / "embeddings.json").write_text(json.dumps(settings))
+
+
+def save_table(folder, columns):
+    parquet.write_table(Table.from_pydict(columns), folder / "shard-00000.parquet")
 
 
 @pytest.mark.parametrize(
@@ -278,10 +400,15 @@ def save_rows(folder, embeddings):
     [
         (lambda folder: (folder / "embeddings.json").write_text("{"), "embeddings.json"),
         (lambda folder: (folder / "embeddings.json").write_text('{"format": 1}'), "embeddings.json"),
+        (lambda folder: change_settings(folder, model=None), "embeddings.json"),
+        (lambda folder: change_settings(folder, data=["d"]), "embeddings.json"),
+        (lambda folder: change_settings(folder, split=1), "embeddings.json"),
         (lambda folder: (folder / "shard-00000.safetensors").write_bytes(b"12345678"), "can't be read"),
         (lambda folder: (folder / "shard-00000.parquet").write_bytes(b"PAR1"), "can't be read"),
         (lambda folder: save_rows(folder, np.zeros((2, 32), np.float32)), "fit"),
         (lambda folder: save_rows(folder, np.full((7, 32), np.nan, np.float32)), "NaN"),
+        (lambda folder: save_table(folder, {"row": range(1, 8), "name": list("abcdefg")}), "fit"),
+        (lambda folder: save_table(folder, {"row": ["0"] * 7, "name": list("abcdefg")}), "fit"),
     ],
 )
 def test_damaged_folders(model, labelled, tmp_path, damage, message):

@@ -101,11 +101,28 @@ def test_places_of_patches_that_overlap():
     assert plain.extent == (0, 32, 64, 0)
 
 
+def test_pictures_as_low_as_channels_are_not_taken_for_channels_first():
+    torch.manual_seed(0)
+    model = PersonViTModel(PersonViTConfig(image_size=[4, 8], patch_size=4, **SIZES)).eval()
+    images = photographs((4, 8))
+    patches = patch_tokens(model, processor(4, 8), images)
+    np.testing.assert_allclose(patches.embeddings, embed_images(model, processor(4, 8), images), atol=1e-5)
+    assert patches.tokens.shape == (1, 1, 2, 16)
+
+
 def test_wrong_images_or_layer():
     with pytest.raises(ValueError, match="at least one"):
         patch_tokens(tiny(), processor(), [])
     with pytest.raises(ValueError, match="2 layers.*got 2"):
         patch_tokens(tiny(), processor(), photographs((64, 32)), layer=2)
+
+
+def test_features_that_are_no_numbers():
+    model = tiny()
+    with torch.no_grad():
+        model.layernorm.weight[0] = torch.nan
+    with pytest.raises(ValueError, match="NaN or infinite.*model"):
+        patch_tokens(model, processor(), photographs((64, 32)))
 
 
 def test_parts_are_found_in_all_images_and_numbered_from_the_top():

@@ -118,21 +118,6 @@ def test_bad_settings(change, message):
         select_images(**settings)
 
 
-def test_features_of_other_pictures_are_refused():
-    features = folder([[1, 0, 0], [1, 0, 1], [0, 1, 0]])
-    features.settings.update(data="/data/crops", split=None)
-    assert select_images(3, "cfs", 0.5, features, features, data="/data/crops").kept.sum() == 2
-    other = folder([[1, 0, 0], [1, 0, 1], [0, 1, 0]])
-    for settings, message in (
-        ({"data": "/data/others", "split": None}, "features of /data/others, not of /data/crops"),
-        ({"data": "/data/crops", "split": "gallery"}, "features of /data/crops, gallery, not of"),
-    ):
-        other.settings.update(settings)
-        for generic, adapted in ((features, other), (other, features)):
-            with pytest.raises(ValueError, match=f"f: {message}.*Embed these data"):
-                select_images(3, "cfs", 0.5, generic, adapted, data="/data/crops")
-
-
 @pytest.fixture
 def crops(tmp_path):
     return to_folder(tmp_path / "in", jpegs(f"{i}.jpg" for i in range(6)) | {"9.jpg": picture(0)})

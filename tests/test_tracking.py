@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 from app_server import DATA
+from PIL import Image
 
 from personvit_hf import PersonViTConfig, PersonViTForReID, PersonViTImageProcessor, PersonViTModel, embed_images
 from personvit_hf.person_images import PersonImages
@@ -61,11 +62,21 @@ def test_boxes_at_the_edge_are_cut_and_those_outside_are_black(people):
     embedder = TrackerEmbedder(*small())
     frame, _ = frame_of(people)
     height, width = frame.shape[:2]
-    boxes = np.array([[-20, -20, 40, 90], [0, 0, 40, 90], [width + 5, 0, width + 50, 90], [30, 50, 30, 60]])
+    outside = [[width + 5, 0, width + 50, 90], [-30, 0, -5, 90], [30, 50, 30, 60]]  # and one of no size
+    boxes = np.array([[-20, -20, 40, 90], [0, 0, 40, 90], *outside])
     features = embedder.get_features(boxes, frame)
     np.testing.assert_allclose(features[0], features[1], atol=1e-6)
     black = embedder.predict([np.zeros((64, 32, 3), np.uint8)])[0]
-    np.testing.assert_allclose(features[2:], [black, black], atol=1e-5)
+    np.testing.assert_allclose(features[2:], [black] * 3, atol=1e-5)
+
+
+@pytest.mark.parametrize("height", [1, 3, 4])
+def test_boxes_of_few_pixels_are_no_channels(people, height):
+    model, processor = small()
+    frame, _ = frame_of(people)
+    low = np.array([[5, -20, 45, height]])
+    wanted = embed_images(model, processor, [Image.fromarray(frame[:height, 5:45, ::-1].copy())])
+    np.testing.assert_allclose(TrackerEmbedder(model, processor).get_features(low, frame), wanted, atol=1e-5)
 
 
 def test_no_boxes_no_features():
@@ -85,6 +96,9 @@ def test_no_boxes_no_features():
         ([[0, 0, 5]], np.zeros((10, 10, 3), np.uint8), r"got \(1, 3\)"),
         ([0, 0, 5, 5], np.zeros((10, 10, 3), np.uint8), r"got \(4,\)"),
         ([[0, 0, np.nan, 5]], np.zeros((10, 10, 3), np.uint8), "finite"),
+        # left, top, width, height
+        ([[0, 0, 3, 5], [6, 2, 3, 5]], np.zeros((10, 10, 3), np.uint8), r"left, top, right, bottom.*\[6.*box 1"),
+        ([[0, 5, 3, 2]], np.zeros((10, 10, 3), np.uint8), "left, top, right, bottom.*box 0"),
     ],
 )
 def test_wrong_frames_and_boxes(boxes, frame, message):

@@ -194,6 +194,8 @@ def test_maps_of_nobody_or_by_no_method():
         draw_embedding_map(np.zeros((5, 3)), np.ones(5, int), method="umap")
     with pytest.raises(ValueError, match="of 0"):
         draw_embedding_map(np.zeros((5, 3)), np.zeros(5, int))
+    with pytest.raises(ValueError, match="at least 3 images.*got 1 "):  # of the one person that is to be shown
+        draw_embedding_map(np.eye(5), np.arange(1, 6), num_people=1)
     with pytest.raises(ValueError, match="each of the 5"):
         draw_embedding_map(np.zeros((5, 3)), np.ones(4, int))
 

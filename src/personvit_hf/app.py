@@ -192,8 +192,10 @@ class PersonFinder:
             if folder.weights != model_fingerprint(network, processor):
                 raise RequestError("This gallery was embedded by another model: choose that one.")
             pictures = load_gallery_images(folder.settings["data"], folder.settings["split"])
-            if len(pictures) != folder.settings["num_images"]:
-                raise RequestError("This gallery's pictures have changed since it was embedded.")
+            try:
+                folder.require_images(pictures)
+            except ValueError as error:
+                raise RequestError("This gallery's pictures have changed since it was embedded.") from error
             names = [_caption(folder.columns, i) or Path(name).name for i, name in enumerate(folder.names)]
             return _Gallery(PersonImages(pictures), folder.rows, names, ExactIndex(folder.embeddings, {}))
         pictures = _labelled(source, "gallery")

@@ -167,6 +167,8 @@ def embed(
 
     # PartialState would not see that several processes on a CPU belong together
     state = Accelerator()
+    # absolute, for a search from another folder
+    model, data = _absolute(model), _absolute(data)
     network, processor = load_embedder(model)
     images = load_gallery_images(data, split)
     made = write_embeddings(
@@ -174,8 +176,7 @@ def embed(
         processor,
         images,
         out,
-        # absolute, for a search from another folder
-        {"model": _absolute(model), "data": _absolute(data), "split": split},
+        {"model": model, "data": data, "split": split},
         shard_images,
         state.process_index,
         state.num_processes,
@@ -235,7 +236,17 @@ def evaluate(
 
 
 def _absolute(name_or_path: str) -> str:
-    return str(Path(name_or_path).resolve()) if Path(name_or_path).exists() else name_or_path
+    """One spelling of a path, from whatever folder it is named; a name on the Hub as it is."""
+    path = Path(name_or_path)
+    if not path.exists():
+        return name_or_path
+    # of a link to a file the own name is kept: its ending tells what the file is
+    return str(path.resolve() if path.is_dir() else path.parent.resolve() / path.name)
+
+
+def _printable(line: str) -> str:
+    """What files from elsewhere tell, without what would steer a terminal."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
 
 
 def _print_figures(figures: dict) -> None:
@@ -266,8 +277,10 @@ def search(
         str | None,
         typer.Option(help="Qdrant server, such as http://localhost:6333 (key: QDRANT_API_KEY); default: in memory."),
     ] = None,
-    camera: Annotated[list[int] | None, typer.Option(help="Only these cameras.")] = None,
-    not_camera: Annotated[list[int] | None, typer.Option(help="Not these cameras.")] = None,
+    camera: Annotated[
+        list[int] | None, typer.Option(help="Only these cameras, by camera_id: it counts from 0, c1 is 0.")
+    ] = None,
+    not_camera: Annotated[list[int] | None, typer.Option(help="Not these cameras, counted in the same way.")] = None,
     track: Annotated[list[int] | None, typer.Option(help="Only these tracks.")] = None,
     not_track: Annotated[list[int] | None, typer.Option(help="Not these tracks.")] = None,
     draw: Annotated[Path | None, typer.Option(help="Picture of the results to write.")] = None,
@@ -289,12 +302,13 @@ def search(
     exclude = {"camera_id": not_camera, "track_id": not_track}
     where, exclude = ({name: values for name, values in f.items() if values} for f in (where, exclude))
     indices, similarities = searched.search(vectors, top, where, exclude)
+    nothing = "the filters leave no image of the gallery" if where or exclude else "the gallery holds no image"
     for picture, found, likeness in zip(query, indices, similarities, strict=True):
-        typer.echo(f"{picture}" if (found >= 0).any() else f"{picture}: the filters leave no image of the gallery")
+        typer.echo(f"{picture}" if (found >= 0).any() else f"{picture}: {nothing}")
         for rank, (i, similarity) in enumerate(zip(found, likeness, strict=True), start=1):
             if i >= 0:
                 ids = "".join(f"  {name} {values[i]}" for name, values in folder.columns.items())
-                typer.echo(f"{rank:>4}  {similarity:.4f}  {folder.names[i]}{ids}")
+                typer.echo(_printable(f"{rank:>4}  {similarity:.4f}  {folder.names[i]}{ids}"))
     if draw:
         draw_results(query, folder, indices, draw)
 
@@ -352,11 +366,13 @@ def select(
     num_workers: Annotated[int, typer.Option(help="Processes that load images.")] = 2,
 ) -> None:
     """Choose images to pre-train on: an index of rows and scores, nothing copied."""
-    from .person_images import load_person_images
+    from .person_images import load_person_images, require_no_index
     from .selection import select_images, write_selection
 
     if out.exists():
         raise FileExistsError(f"{out} exists already: choose another name.")
+    require_no_index(data)
+    data = _absolute(data)
     images = load_person_images(data)
     options = {"batch_size": batch_size, "num_workers": num_workers, "progress": sys.stderr.isatty()}
     folders = {
@@ -367,7 +383,7 @@ def select(
     selection = select_images(len(images), by, keep, near_duplicate=near_duplicates, seed=seed, **folders)
     settings = {"by": by, "keep": keep, "near_duplicates": near_duplicates, "seed": seed}
     settings |= {role: folder.weights for role, folder in folders.items()}
-    write_selection(selection, out, _absolute(data), settings)
+    write_selection(selection, out, data, settings)
     typer.echo(f"{out}: {selection}.")
 
 
@@ -431,11 +447,13 @@ def _embedded(name: str, images: Any, data: str, folder: Path, **options: Any) -
     from .loading import load_embedder
 
     if (Path(name) / SETTINGS_FILE).is_file():
-        return read_embeddings(name)
+        folder = read_embeddings(name)
+        folder.require_images(images)
+        return folder
     from accelerate import PartialState
 
     network, processor = load_embedder(name)
-    source = {"model": _absolute(name), "data": _absolute(data), "split": None}
+    source = {"model": _absolute(name), "data": data, "split": None}
     write_embeddings(network.to(PartialState().device), processor, images, folder, source, **options)
     return read_embeddings(folder)
 
@@ -445,7 +463,7 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        typer.echo(f"personvit: {error}", err=True)
+        typer.echo("\n".join(map(_printable, f"personvit: {error}".split("\n"))), err=True)
         sys.exit(1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,8 +14,9 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 import torch
-from pyarrow import ArrowInvalid, Table, concat_tables, parquet
+from pyarrow import ArrowInvalid, Table, concat_tables, int64, parquet, string
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch.utils.data import DataLoader
@@ -24,6 +26,8 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from .person_images import BrokenImage, BrokenImageBudget, PersonImages, decode_image, split_broken
 
 SHARD_IMAGES = 4096
+logger = logging.getLogger(__name__)
+
 _FORMAT = 1
 SETTINGS_FILE = "embeddings.json"
 # Columns of a labelled data set that travel with the vectors.
@@ -50,7 +54,11 @@ class _ProcessedImages(torch.utils.data.Dataset):
                 image = decode_image(image, name)
             except ValueError as error:
                 return BrokenImage(name, str(error))
-        return index, self.processor(images=image, return_tensors="pt").pixel_values[0]
+        if isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[2] not in (1, 3, 4):
+            raise ValueError(f"image {index} must be (height, width, 3), got {image.shape}.")
+        # a picture 1, 3 or 4 pixels high could be taken for one with channels first
+        options = {"input_data_format": "channels_last", "return_tensors": "pt"}
+        return index, self.processor(images=image, **options).pixel_values[0]
 
 
 @torch.inference_mode()
@@ -81,7 +89,8 @@ def embed_images(
         float32 (images, hidden), each row of length 1 (or NaN).
 
     Raises:
-        ValueError: if `camera_ids` has another length.
+        ValueError: if `camera_ids` has another length or an array another shape, or if a good image's features are NaN
+            or infinite: then the model or the processor is broken.
         RuntimeError: if more images than `max_broken_share` can't be decoded; they are named.
     """
     if camera_ids is not None and len(camera_ids) != len(images):
@@ -110,12 +119,33 @@ def embed_images(
                 sides["camera_ids"] = torch.tensor([int(camera_ids[i]) for i in indices], device=model.device)
             outputs = model(torch.stack(pixel_values).to(model.device), **sides)
             features = outputs["embeddings"] if "embeddings" in outputs else outputs["pooler_output"]
-            embeddings[list(indices)] = torch.nn.functional.normalize(features.float(), dim=-1).cpu().numpy()
+            features = torch.nn.functional.normalize(features.float(), dim=-1).cpu()
+            _require_finite(features, pixel_values, indices, model, processor)
+            embeddings[list(indices)] = features.numpy()
         budget.end_epoch()
     finally:
         for module, was_training in modes.items():
             module.training = was_training
     return embeddings
+
+
+def _require_finite(
+    features: torch.Tensor,
+    pixel_values: Sequence[torch.Tensor],
+    indices: Sequence[int],
+    model: PreTrainedModel,
+    processor: BaseImageProcessor,
+) -> None:
+    """Tells a model or processor that makes no numbers of good images from broken images, whose rows are NaN, too."""
+    wrong = (~features.isfinite().all(dim=-1)).nonzero().flatten().tolist()
+    if not wrong:
+        return
+    cause = f"the weights of the model {model.config._name_or_path or type(model).__name__} are damaged, or overflow"
+    if not pixel_values[wrong[0]].isfinite().all():
+        statistics = {name: getattr(processor, name, None) for name in ("rescale_factor", "image_mean", "image_std")}
+        told = ", ".join(f"{name} {value}" for name, value in statistics.items())
+        cause = f"the image processor makes no finite pixels of it ({told})"
+    raise ValueError(f"The features of image {indices[wrong[0]]} are NaN or infinite: {cause}.")
 
 
 @dataclass(frozen=True)
@@ -152,6 +182,18 @@ class EmbeddingFolder:
                 "with its own model."
             )
 
+    def require_images(self, images: datasets.Dataset) -> None:
+        """Raises ValueError if the images have changed since they were embedded: their number or their names."""
+        told = (
+            f"{self.settings['data']} has {len(images)} images now, {self.settings['num_images']} when it was embedded"
+        )
+        if len(images) != self.settings["num_images"]:
+            raise ValueError(f"{told}: embed it again.")
+        then = Table.from_pydict({"row": self.rows, "name": self.names})
+        changed = _first_change(then, _describe(images, 0).select(["row", "name"]))
+        if changed:
+            raise ValueError(f"{told}, but they have changed: {changed}. Embed it again.")
+
 
 def model_fingerprint(model: PreTrainedModel, processor: BaseImageProcessor) -> str:
     """What tells whether embeddings can be compared: a hash of a model's weights and its processor's settings.
@@ -164,6 +206,7 @@ def model_fingerprint(model: PreTrainedModel, processor: BaseImageProcessor) -> 
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     settings = {name: value for name, value in processor.to_dict().items() if not name.startswith("_")}
+    settings.pop("auto_map", None)  # where its code lies doesn't matter
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     return f"sha256:{digest.hexdigest()}"
 
@@ -182,14 +225,17 @@ def write_embeddings(
     """Embeds a data set into a folder, shard by shard; shards that are there already are not made again.
 
     A shard is `shard-00000.safetensors` (`embeddings`) and `shard-00000.parquet` (row, name, ids); it is written under
-    another name and renamed when complete, so that a killed run goes on where it stopped.
+    another name and renamed when complete, so that a killed run goes on where it stopped. Before that, names and ids
+    of what is there are compared with the data's: pictures that were added, renamed or replaced by others are noticed,
+    new content under an old name is not.
 
     Args:
         model: As in `embed_images`.
         processor: The model's own image processor.
         images: Rows with a column `image`; ids in the columns person_id, camera_id and track_id are kept.
         folder: Where to write.
-        source: What to note beside them: model and data, by the names they were loaded by.
+        source: What to note beside them: `model` and `data`, by the names they were loaded by, and `split`, a name or
+            None, as `load_gallery_images` takes it.
         shard_images: Images a shard.
         process_index: This process makes every `num_processes`-th shard, from this one.
         num_processes: How many processes share the work.
@@ -199,10 +245,16 @@ def write_embeddings(
         The number of shards made now.
 
     Raises:
-        ValueError: The folder holds embeddings of another model, revision or data set.
+        ValueError: The folder holds embeddings of another model, revision or data set, or the data have changed since;
+            or as in `embed_images`. Nothing is written unless the first shard succeeds.
         RuntimeError: As in `embed_images`.
     """
     folder = Path(folder)
+    if shard_images < 1:
+        raise ValueError(f"`shard_images` must be at least 1, got {shard_images}.")
+    missing = {"model", "data", "split"} - source.keys()
+    if missing:
+        raise ValueError(f"`source` must tell model, data and split; missing: {', '.join(sorted(missing))}.")
     settings = {
         "format": _FORMAT,
         "weights": model_fingerprint(model, processor),
@@ -212,31 +264,30 @@ def write_embeddings(
         "num_images": len(images),
         "shard_images": shard_images,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    settings_file = folder / SETTINGS_FILE
-    if settings_file.is_file():
-        found = _read_settings(folder)
-        # what the model is called and where it came from may differ: its weights tell
-        decisive = sorted(set(settings) - {"model", "revision"})
-        different = [name for name in decisive if found.get(name) != settings[name]]
-        if different:
+    shards = list(_shards(folder, len(images), shard_images))
+    there = [(file, rows) for file, rows in shards if file.is_file()]
+    if (folder / SETTINGS_FILE).is_file():
+        _require_settings(folder, settings)
+    elif there:
+        raise ValueError(f"{folder} holds shards, but no {SETTINGS_FILE}. Choose another folder, or remove this one.")
+    for file, rows in there:  # all of them, before this process writes any
+        changed = _first_change(_read_table(file, rows), _describe(images.select(rows), rows.start))
+        if changed:
             raise ValueError(
-                f"{folder} holds embeddings with another {', '.join(different)} ({found.get(different[0])}; now "
-                f"{settings[different[0]]}). Choose another folder, or remove this one."
+                f"{folder} holds embeddings of {source['data']} as it was: {changed}. Choose another folder, or "
+                "remove this one."
             )
-    else:
-        with _complete_file(settings_file) as partial:
-            partial.write_text(json.dumps(settings, indent=2) + "\n")
+    if model.config.num_cameras:
+        logger.warning("The model knows cameras, but isn't told them here: queries of a search come from any camera.")
     made = 0
-    for shard in range(process_index, -(-len(images) // shard_images), num_processes):
-        vectors_file = folder / f"shard-{shard:05d}.safetensors"
+    for vectors_file, rows in shards[process_index::num_processes]:
         if vectors_file.is_file():
             continue
-        rows = range(shard * shard_images, min((shard + 1) * shard_images, len(images)))
         part = images.select(rows)
         embeddings = embed_images(model, processor, part, **options)
         good = np.flatnonzero(~np.isnan(embeddings[:, 0]))
         table = _describe(part, rows.start)
+        _write_settings(folder, settings)  # not earlier: a model or a setting that doesn't work leaves nothing behind
         with _complete_file(vectors_file.with_suffix(".parquet")) as partial:
             parquet.write_table(table.take(good), partial)
         with _complete_file(vectors_file) as partial:  # last: it says that the shard is complete
@@ -255,18 +306,15 @@ def read_embeddings(folder: str | os.PathLike) -> EmbeddingFolder:
     folder = Path(folder)
     settings = _read_settings(folder)
     vectors, tables = [], []
-    for shard in range(-(-settings["num_images"] // settings["shard_images"])):
-        file = folder / f"shard-{shard:05d}.safetensors"
+    for file, rows in _shards(folder, settings["num_images"], settings["shard_images"]):
         if not file.is_file():
             raise ValueError(f"{folder}: {file.name} is missing; run `personvit embed` again, it goes on from there.")
         try:
             vectors.append(load_file(file)["embeddings"])
-            tables.append(parquet.read_table(file.with_suffix(".parquet")))
-        except (SafetensorError, KeyError, OSError, ArrowInvalid) as error:
+        except (SafetensorError, KeyError, OSError) as error:
             raise ValueError(f"{file}: can't be read ({error}). Remove it and run `personvit embed` again.") from error
-        if vectors[-1].shape != (len(tables[-1]), settings["hidden_size"]) or not {"row", "name"} <= set(
-            tables[-1].column_names
-        ):
+        tables.append(_read_table(file, rows))
+        if vectors[-1].shape != (len(tables[-1]), settings["hidden_size"]):
             raise ValueError(f"{file}: doesn't fit its .parquet file or {SETTINGS_FILE}. Remove it and embed again.")
     embeddings, table = np.concatenate(vectors), concat_tables(tables)
     if not np.isfinite(embeddings).all():
@@ -275,12 +323,66 @@ def read_embeddings(folder: str | os.PathLike) -> EmbeddingFolder:
     return EmbeddingFolder(folder, settings, embeddings, table["row"].to_numpy(), table["name"].to_pylist(), columns)
 
 
+def _shards(folder: Path, num_images: int, shard_images: int) -> Iterator[tuple[Path, range]]:
+    """The file with the vectors of each shard, and the rows of the data that are in it."""
+    for shard, start in enumerate(range(0, num_images, shard_images)):
+        yield folder / f"shard-{shard:05d}.safetensors", range(start, min(start + shard_images, num_images))
+
+
 def _describe(rows: datasets.Dataset, first: int) -> Table:
-    """Row number, name and ids of some images."""
-    encoded = rows.cast_column("image", datasets.Image(decode=False))
-    names = [(image and image["path"]) or f"row {first + i}" for i, image in enumerate(encoded["image"])]
-    ids = {column: rows[column][:] for column in ID_COLUMNS if column in rows.column_names}
+    """Row number, name and ids of some images, whose bytes are not read."""
+    columns = [column for column in ID_COLUMNS if column in rows.column_names]
+    plain = rows.select_columns(["image", *columns]).cast_column("image", datasets.Image(decode=False)).flatten()
+    plain = plain.select_columns(["image.path", *columns]).with_format(None)
+    names = [path or f"row {first + i}" for i, path in enumerate(plain["image.path"][:])]
+    ids = {column: plain[column][:] for column in columns}
     return Table.from_pydict({"row": range(first, first + len(rows)), "name": names, **ids})
+
+
+def _read_table(file: Path, rows: range) -> Table:
+    """What `_describe` told of a shard; `file` is the one with the vectors, `rows` those that may be in it."""
+    try:
+        table = parquet.read_table(file.with_suffix(".parquet"))
+    except (OSError, ArrowInvalid) as error:
+        raise ValueError(f"{file}: its .parquet file can't be read ({error}). Remove it and embed again.") from error
+    types = dict(zip(table.schema.names, table.schema.types, strict=True))
+    good = (types.get("row"), types.get("name")) == (int64(), string())
+    if not good or not all(row in rows for row in table["row"].to_pylist()):
+        raise ValueError(f"{file}: its .parquet file doesn't fit {SETTINGS_FILE}. Remove it and embed again.")
+    return table
+
+
+def _first_change(then: Table, now: Table) -> str | None:
+    """The first image that is another now than when it was embedded; broken ones are missing from `then`."""
+    now = now.take(pc.subtract(then["row"], now["row"][0]))
+    if now.equals(then):
+        return None
+    for before, after in zip(then.to_pylist(), now.to_pylist(), strict=True):
+        if before != after:
+            names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+            was, is_now = (", ".join(f"{name} {row.get(name)}" for name in names) for row in (before, after))
+            return f"row {before['row']} was {was}, now {is_now}"
+    return None
+
+
+def _write_settings(folder: Path, settings: dict[str, Any]) -> None:
+    if (folder / SETTINGS_FILE).is_file():  # of another process, or of an earlier run
+        return _require_settings(folder, settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _complete_file(folder / SETTINGS_FILE) as partial:
+        partial.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _require_settings(folder: Path, settings: dict[str, Any]) -> None:
+    found = _read_settings(folder)
+    # what the model is called and where it came from may differ: its weights tell
+    decisive = sorted(set(settings) - {"model", "revision"})
+    different = [name for name in decisive if found.get(name) != settings[name]]
+    if different:
+        raise ValueError(
+            f"{folder} holds embeddings with another {', '.join(different)} ({found.get(different[0])}; now "
+            f"{settings[different[0]]}). Choose another folder, or remove this one."
+        )
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
@@ -291,7 +393,8 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         settings = json.loads(file.read_text())
         sizes = [settings[name] for name in ("num_images", "shard_images", "hidden_size")]
         good = settings["format"] == _FORMAT and all(type(size) is int and size > 0 for size in sizes)
-        good = good and isinstance(settings["weights"], str)
+        good = good and all(isinstance(settings[name], str) for name in ("weights", "model", "data"))
+        good = good and isinstance(settings["split"], str | None)
     except (ValueError, KeyError, TypeError):
         good = False
     if not good:

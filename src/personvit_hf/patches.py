@@ -82,7 +82,8 @@ def patch_tokens(
             was trained with make finer pictures; position embeddings are interpolated.
 
     Raises:
-        ValueError: There are no images, no such layer, or the size can't be cut into patches.
+        ValueError: There are no images, no such layer, the size can't be cut into patches, or the features are NaN or
+            infinite.
     """
     backbone, neck = backbone_and_neck(model)
     config = backbone.config
@@ -102,7 +103,10 @@ def patch_tokens(
     try:
         for start in range(0, len(seen), _BATCH_SIZE):
             pixel_values = processor(
-                images=list(seen[start : start + _BATCH_SIZE]), do_resize=False, return_tensors="pt"
+                images=list(seen[start : start + _BATCH_SIZE]),
+                do_resize=False,
+                input_data_format="channels_last",
+                return_tensors="pt",
             ).pixel_values
             outputs = backbone(pixel_values.to(backbone.device), output_attentions=True)
             attention.append(outputs.attentions[layer][:, :, 0, first_patch:].float().cpu())
@@ -111,6 +115,11 @@ def patch_tokens(
     finally:
         backbone.set_attn_implementation(implementation)
         model.train(was_training)
+    if not all(part.isfinite().all() for part in (*tokens, *embeddings)):
+        raise ValueError(
+            "The features are NaN or infinite: the weights of the model "
+            f"{model.config._name_or_path or type(model).__name__} are damaged, or its image processor's statistics."
+        )
     return PatchTokens(
         seen,
         torch.cat(tokens).unflatten(1, (rows, columns)).numpy(),

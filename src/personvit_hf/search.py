@@ -54,18 +54,18 @@ class ExactIndex:
 
         Args:
             queries: float32 (queries, dim), rows of length 1.
-            k: How many for each.
+            k: How many for each; at most as many as the gallery has.
             where: {column: values}; only images with one of the values, in each column named.
             exclude: {column: values}; no image with one of the values.
 
         Returns:
-            int64 (queries, k) gallery indices, most similar first, equal ones by index, -1 where there are no more;
-            and float32 (queries, k) cosine similarities, NaN there.
+            int64 (queries, k) gallery indices, most similar first, equal ones by index, -1 where the filters leave no
+            more; and float32 (queries, k) cosine similarities, NaN there.
 
         Raises:
             ValueError: A filter names a column that there is not, the widths differ, or k is below 1.
         """
-        _check_queries(queries, self.embeddings.shape[1], k)
+        k = _checked_k(k, queries, *self.embeddings.shape)
         kept = _matching(self.columns, len(self.embeddings), where, exclude)
         if kept is None:
             kept, gallery = np.arange(len(self.embeddings)), self.embeddings
@@ -96,7 +96,7 @@ class FaissIndex:
         kind: One of the three.
 
     Raises:
-        ImportError: faiss is not installed (`pip install personvit-hf[search]`).
+        ImportError: faiss is not installed (`pip install ".[search]"` in the clone).
         ValueError: There is no such kind, the folder's index is of other embeddings, or its images are too few.
     """
 
@@ -115,13 +115,16 @@ class FaissIndex:
         cells = int(2 ** np.round(np.log2(max(1, 2 * np.sqrt(self.size)))))
         parts = self.width // next(part for part in (4, 2, 1) if self.width % part == 0)  # 4 bits each
         factory = FAISS_KINDS[kind].format(cells=cells, parts=parts)
-        stamp = {"weights": folder.weights, "num_images": self.size, "width": self.width, "factory": factory}
+        stamp = {"gallery": _gallery_fingerprint(folder), "factory": factory}
         if file.is_file():
-            found = json.loads(stamp_file.read_text()) if stamp_file.is_file() else None
+            try:
+                found = json.loads(stamp_file.read_text())
+            except (OSError, ValueError):  # missing or damaged
+                found = None
             if found != stamp:
                 raise ValueError(
-                    f"{file} is an index of other embeddings, or of another kind ({found}; expected {stamp}). Remove "
-                    "it to build it anew."
+                    f"{file} is an index of other embeddings, or of another kind ({stamp_file.name} tells {found}; "
+                    f"expected {stamp}). Remove it to build it anew."
                 )
             self.rows.load_faiss_index("vectors", str(file))
         else:
@@ -147,7 +150,7 @@ class FaissIndex:
         self, queries: np.ndarray, k: int, where: Filter | None = None, exclude: Filter | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """As `ExactIndex.search`; but for "flat" some of the nearest may be missed."""
-        _check_queries(queries, self.width, k)
+        k = _checked_k(k, queries, self.size, self.width)
         kept = _matching(self.columns, self.size, where, exclude)
         wanted = min(k, self.size if kept is None else len(kept))
         fetched = wanted if self.to_compare is None else min(self.size, _COMPRESSED_FETCH * wanted)
@@ -179,7 +182,7 @@ class QdrantIndex:
         folder: The embeddings.
 
     Raises:
-        ImportError: qdrant-client is not installed (`pip install personvit-hf[qdrant]`).
+        ImportError: qdrant-client is not installed (`pip install ".[qdrant]"` in the clone).
         ConnectionError: The server can't be reached, or refuses.
         ValueError: The collection holds other embeddings.
     """
@@ -189,7 +192,7 @@ class QdrantIndex:
         from qdrant_client import models
 
         self.client, self.name, self.columns = client, name, folder.columns
-        size, self.width = folder.embeddings.shape
+        self.size, self.width = folder.embeddings.shape
         self.batch = max(1, _QDRANT_NUMBERS // self.width)
         gallery = _gallery_fingerprint(folder)
         same = models.Filter(must=[models.FieldCondition(key="gallery", match=models.MatchValue(value=gallery))])
@@ -198,12 +201,12 @@ class QdrantIndex:
                 params = models.VectorParams(size=self.width, distance=models.Distance.COSINE)
                 client.create_collection(name, vectors_config=params)
             count = client.count(name).count
-            if count > size or client.count(name, count_filter=same).count != count:
+            if count > self.size or client.count(name, count_filter=same).count != count:
                 raise ValueError(
                     f"Collection {name!r} holds {count} images, of another model or gallery than {folder.path} with "
-                    f"{size}. Choose another name, or delete the collection."
+                    f"{self.size}. Choose another name, or delete the collection."
                 )
-            if count < size:
+            if count < self.size:
                 # Batches go in one after the other, so that all before the one that was cut off are there.
                 self._fill(folder.embeddings, gallery, count // self.batch * self.batch)
 
@@ -235,7 +238,7 @@ class QdrantIndex:
         """
         from qdrant_client import models
 
-        _check_queries(queries, self.width, k)
+        k = _checked_k(k, queries, self.size, self.width)
 
         def conditions(wanted: Filter | None) -> list:
             for column in wanted or {}:
@@ -357,11 +360,7 @@ def draw_results(queries: Sequence[Path], folder: EmbeddingFolder, indices: np.n
     if not rankings.size:
         raise ValueError("Nothing to draw: no gallery image is left for some query.")
     images = load_gallery_images(folder.settings["data"], folder.settings["split"])
-    if len(images) != folder.settings["num_images"]:
-        raise ValueError(
-            f"{folder.settings['data']} has {len(images)} images now, {folder.settings['num_images']} when it was "
-            "embedded: embed it again."
-        )
+    folder.require_images(images)
     shown, places = np.unique(rankings, return_inverse=True)
     pictures = [decode_image(images[int(folder.rows[i])]["image"], folder.names[i]) for i in shown]
     # Whether they are right is not known here.
@@ -399,11 +398,13 @@ def rank_benchmark(
     return rankings, np.where(same_person, np.where(same_camera, -1, 1), 0), similarities
 
 
-def _check_queries(queries: np.ndarray, width: int, k: int) -> None:
+def _checked_k(k: int, queries: np.ndarray, size: int, width: int) -> int:
+    """How many to find for each query, once it is known that they fit the gallery of (size, width)."""
     if k < 1:
         raise ValueError(f"`k` must be at least 1, got {k}.")
     if queries.ndim != 2 or queries.shape[1] != width:
         raise ValueError(f"`queries` must be (queries, {width}), as wide as the gallery's, got {queries.shape}.")
+    return min(k, size)
 
 
 def _matching(

@@ -136,7 +136,6 @@ def select_images(
     adapted: EmbeddingFolder | None = None,
     near_duplicate: float | None = None,
     seed: int = 0,
-    data: str | None = None,
 ) -> Selection:
     """Chooses images of a data set.
 
@@ -150,7 +149,6 @@ def select_images(
         adapted: Features of the model after; also what near-duplicates are told by.
         near_duplicate: As `near_duplicates` takes it; None to leave them in.
         seed: Of the random numbers.
-        data: The data set, as `write_selection` takes it: features of other data, or of a split, are refused.
 
     Raises:
         ValueError: Features are missing, of other data or of different widths, or a number is out of range.
@@ -163,7 +161,12 @@ def select_images(
         raise ValueError("Selection by cfs needs features of two models, `generic` and `adapted`.")
     if near_duplicate is not None and adapted is None:
         raise ValueError("Near-duplicates are told by the features of a model: give `adapted`.")
-    _check_features([folder for folder in (generic, adapted) if folder is not None], num_images, data)
+    for folder in (generic, adapted):
+        if folder is not None and folder.settings["num_images"] != num_images:
+            raise ValueError(
+                f"{folder.path}: features of {folder.settings['num_images']} images, the data have {num_images}. "
+                "Embed these data."
+            )
     scores = np.random.default_rng(seed).random(num_images, dtype=np.float32)
     names: list[str | None] = [None] * num_images
     repeated = np.full(num_images, -1, np.int64)
@@ -187,19 +190,6 @@ def select_images(
     kept = np.zeros(num_images, bool)
     kept[candidates[np.argsort(scores[candidates], kind="stable")[: max(1, round(keep * num_images))]]] = True
     return Selection(scores, repeated, kept, names)
-
-
-def _check_features(folders: list[EmbeddingFolder], num_images: int, data: str | None) -> None:
-    for folder in folders:
-        if folder.settings["num_images"] != num_images:
-            raise ValueError(
-                f"{folder.path}: features of {folder.settings['num_images']} images, the data have {num_images}. "
-                "Embed these data."
-            )
-        of, split = folder.settings.get("data"), folder.settings.get("split")
-        if data is not None and (of, split) != (data, None):
-            whose = f"{of}, {split}" if split else of
-            raise ValueError(f"{folder.path}: features of {whose}, not of {data}. Embed these data.")
 
 
 def write_selection(selection: Selection, out: str | os.PathLike, data: str, settings: dict[str, Any]) -> None:

@@ -66,14 +66,15 @@ class TrackerEmbedder:
 
         Args:
             boxes: float or int (boxes, 4 or more): left, top, right, bottom in pixels; further columns are ignored. A
-                box that lies outside the frame altogether counts as a black picture, as in BoxMOT.
+                box of no size, or outside the frame altogether, counts as a black picture, as in BoxMOT.
             frame: uint8 (height, width, 3) BGR, as OpenCV reads it.
 
         Returns:
             float32 (boxes, hidden), each of length 1.
 
         Raises:
-            ValueError: The frame is no such image, or the boxes are no such array, or not finite.
+            ValueError: The frame is no such image, or the boxes are no such array, not finite, or have right before
+                left or bottom above top, as boxes of another format do.
         """
         if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
             raise ValueError(
@@ -85,6 +86,12 @@ class TrackerEmbedder:
             return np.zeros((0, self.model.config.hidden_size), np.float32)
         if boxes.ndim != 2 or boxes.shape[1] < 4 or not np.isfinite(boxes[:, :4]).all():
             raise ValueError(f"`boxes` must be finite (boxes, 4 or more), got {boxes.shape}.")
+        inverted = np.flatnonzero((boxes[:, 2] < boxes[:, 0]) | (boxes[:, 3] < boxes[:, 1]))
+        if inverted.size:
+            found = boxes[inverted[0], :4].tolist()
+            raise ValueError(
+                f"`boxes` must be left, top, right, bottom (not width, height), got {found} for box {inverted[0]}."
+            )
         height, width = frame.shape[:2]
         corners = np.clip(boxes[:, :4].round(), 0, [width, height, width, height]).astype(int)
         return self._embed([frame[top:bottom, left:right] for left, top, right, bottom in corners])

@@ -175,8 +175,10 @@ def draw_correspondences(
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: `first` or `second` don't hold one image.
+        ValueError: `first` or `second` don't hold one image, or `num_shown` is below 1.
     """
+    if num_shown < 1:
+        raise ValueError(f"The number of matches to draw must be at least 1, got {num_shown}.")
     for name, patches in (("first", first), ("second", second)):
         if len(patches.images) != 1:
             raise ValueError(f"`{name}` must hold one image, got {len(patches.images)}.")
@@ -256,14 +258,16 @@ def draw_embedding_map(
         raise ValueError(f"`method` must be one of {', '.join(MAP_METHODS)}, got {method!r}.")
     if len(person_ids) != len(embeddings) or (camera_ids is not None and len(camera_ids) != len(embeddings)):
         raise ValueError(f"There must be an id for each of the {len(embeddings)} embeddings.")
+    if num_people < 1:
+        raise ValueError(f"The number of people to show must be at least 1, got {num_people}.")
     people, counts = np.unique(person_ids[person_ids > 0], return_counts=True)
-    if not len(people) or len(embeddings) < 3:
-        raise ValueError(
-            f"A map needs at least 3 images and a person (id above 0), got {len(embeddings)} images of {len(people)}."
-        )
     people = people[np.argsort(-counts, kind="stable")[:num_people]]
     cameras = np.zeros(len(embeddings), int) if camera_ids is None else np.asarray(camera_ids)
     shown = np.isin(person_ids, people) | (person_ids < 1)
+    if not len(people) or shown.sum() < 3:
+        raise ValueError(
+            f"A map needs at least 3 images and a person (id above 0), got {shown.sum()} images of {len(people)}."
+        )
     points = _two_dimensions(embeddings[shown], method)
     person_ids, cameras = person_ids[shown], cameras[shown]
     figure = _figure(4.6, 3.6)
