@@ -227,10 +227,15 @@ def labelled(paths) -> datasets.Dataset:
 SOURCE = {"model": "m", "data": "d", "split": None}
 
 
+def assert_same(found: np.ndarray, expected: np.ndarray) -> None:
+    """But for rounding, which depends on a batch's size: shards are smaller than the whole."""
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+
+
 def test_a_folder_gives_back_what_was_embedded(model, labelled, paths, embeddings, tmp_path):
     assert write_embeddings(model, PROCESSOR, labelled, tmp_path / "out", SOURCE, shard_images=3) == 3
     folder = read_embeddings(tmp_path / "out")
-    assert np.array_equal(folder.embeddings, embeddings)
+    assert_same(folder.embeddings, embeddings)
     assert folder.names == [str(path) for path in paths]
     assert folder.rows.tolist() == list(range(7))
     assert {name: values.tolist() for name, values in folder.columns.items()} == {
@@ -248,7 +253,7 @@ def test_a_run_goes_on_where_it_was_cut_off(model, labelled, embeddings, tmp_pat
     with pytest.raises(ValueError, match="shard-00002.safetensors is missing"):
         read_embeddings(tmp_path)
     assert write_embeddings(model, PROCESSOR, labelled, tmp_path, {**SOURCE, "model": "moved"}, shard_images=2) == 1
-    assert np.array_equal(read_embeddings(tmp_path).embeddings, embeddings)
+    assert_same(read_embeddings(tmp_path).embeddings, embeddings)
     assert (tmp_path / "shard-00000.safetensors").stat().st_mtime_ns == kept
 
 
@@ -272,7 +277,7 @@ def test_data_that_changed_in_place_are_refused(model, labelled, embeddings, tmp
         write_embeddings(model, PROCESSOR, relabelled, tmp_path, SOURCE, shard_images=2)
     assert write_embeddings(model, PROCESSOR, now(list(range(7))), tmp_path, SOURCE, shard_images=2) == 1
     folder = read_embeddings(tmp_path)
-    assert np.array_equal(folder.embeddings, embeddings)
+    assert_same(folder.embeddings, embeddings)
     folder.require_images(labelled)
     with pytest.raises(ValueError, match=r"have changed: row 5 was .*5\.png, now .*6\.png"):
         folder.require_images(now([0, 1, 2, 3, 4, 6, 5]))
@@ -295,7 +300,7 @@ def test_names_are_compared_without_reading_the_images(model, paths, tmp_path):
 def test_processes_share_the_shards(model, labelled, embeddings, tmp_path):
     parts = [write_embeddings(model, PROCESSOR, labelled, tmp_path, SOURCE, 2, index, 3) for index in range(3)]
     assert parts == [2, 1, 1]
-    assert np.array_equal(read_embeddings(tmp_path).embeddings, embeddings)
+    assert_same(read_embeddings(tmp_path).embeddings, embeddings)
 
 
 def test_another_model_or_data_set_is_refused(model, labelled, tmp_path):
