@@ -22,7 +22,7 @@ class EvaluationArguments:
     model: str = field(metadata={"help": "Checkpoint folder or Hub name, fine-tuned or pre-trained."})
     data: str = field(metadata={"help": "Labelled data set with query and gallery."})
     output: str | None = option(None, "JSON file for the figures.")
-    use_cameras: bool | None = option(None, "Tell the model each image's camera. Not given: if it was trained so.")
+    use_cameras: bool = option(True, "Tell a model that was trained with cameras each image's.")
     batch_size: int = option(64, "Images a forward pass.", least=1)
     num_workers: int = option(2, "Processes that load images.", least=0)
 
@@ -30,8 +30,6 @@ class EvaluationArguments:
 def main() -> None:
     args = parse_arguments(EvaluationArguments)
     model, processor = load_embedder(args.model)
-    if args.use_cameras and not model.config.num_cameras:
-        raise ValueError(f"`use_cameras`: {args.model} was trained without cameras (`num_cameras` is 0).")
     dataset = load_reid_dataset(args.data)
     result = score(
         model.to(PartialState().device), processor, dataset, args.use_cameras, args.batch_size, args.num_workers

@@ -407,7 +407,7 @@ def test_cameras_as_side_information(people, pretrained, tmp_path):
     settings = FINETUNE | {"data": people / "market", "output_dir": tmp_path, "model_name_or_path": pretrained}
     run("finetune.py", "--use_cameras", **settings)
     assert weights(tmp_path)["personvit.embeddings.side_embeddings"].shape == (6, 1, 32)
-    for flags, same in ((["--use_cameras"], True), ([], True), (["--use_cameras", "false"], False)):
+    for flags, same in (([], True), (["--no_use_cameras"], False)):
         output = tmp_path / "figures.json"
         run("evaluate_reid.py", *flags, model=tmp_path, data=people / "market", output=output, num_workers=0)
         results = json.loads((tmp_path / "results.json").read_text())
@@ -796,8 +796,3 @@ def test_model_that_is_not_there(people, tmp_path, script):
     with pytest.raises(FileNotFoundError, match="nowhere: neither folder nor Hub name of a checkpoint"):
         run(script, data=people / "market", **settings)
     assert not (tmp_path / "out").exists()
-
-
-def test_cameras_for_a_model_without_them(people, finetuned):
-    with pytest.raises(ValueError, match="`use_cameras`.*`num_cameras` is 0"):
-        run("evaluate_reid.py", "--use_cameras", model=finetuned, data=people / "market", num_workers=0)

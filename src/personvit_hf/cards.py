@@ -260,7 +260,7 @@ def _usage(saved: SavedModel, name: str) -> dict[str, Any]:
         "width": size["width"],
         "image_mean": saved.processor["image_mean"],
         "image_std": saved.processor["image_std"],
-        "evaluation_command": shlex.join(command + ["--use_cameras"] * bool(saved.settings.get("use_cameras"))),
+        "evaluation_command": shlex.join(command),
     }
 
 

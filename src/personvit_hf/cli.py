@@ -195,9 +195,7 @@ def evaluate(
     rerank: Annotated[bool, typer.Option(help="Score k-reciprocal re-ranking (20, 6, 0.3) instead.")] = False,
     expand: Annotated[int, typer.Option(help="Average each query with so many of its nearest first.")] = 0,
     remove_camera_bias: Annotated[bool, typer.Option(help="Subtract each camera's mean first.")] = False,
-    use_cameras: Annotated[
-        bool | None, typer.Option(help="Tell the model each image's camera. Not given: if it was trained so.")
-    ] = None,
+    use_cameras: Annotated[bool, typer.Option(help="Tell a model that was trained with cameras each image's.")] = True,
     bootstrap: Annotated[int, typer.Option(help="Resamples of the identities for 95% intervals.")] = 0,
     camera_pairs: Annotated[bool, typer.Option(help="Figures for each two cameras, too.")] = False,
     batch_size: Annotated[int, typer.Option(help="Images a forward pass.")] = 64,

@@ -185,7 +185,7 @@ def embed_benchmark(
     model: PreTrainedModel,
     processor: BaseImageProcessor,
     dataset: datasets.DatasetDict,
-    use_cameras: bool | None = None,
+    use_cameras: bool = True,
     batch_size: int = 64,
     num_workers: int = 0,
 ) -> dict[str, np.ndarray]:
@@ -195,8 +195,7 @@ def embed_benchmark(
         Embeddings, person ids and camera ids by the argument names of `evaluate_reid`.
     """
     columns: dict[str, np.ndarray] = {}
-    if use_cameras is None:
-        use_cameras = model.config.num_cameras > 0
+    use_cameras = use_cameras and model.config.num_cameras > 0
     for split in ("query", "gallery"):
         rows = dataset[split]
         cameras = np.array(rows["camera_id"])
@@ -212,7 +211,7 @@ def score(
     model: PreTrainedModel,
     processor: BaseImageProcessor,
     dataset: datasets.DatasetDict,
-    use_cameras: bool | None = None,
+    use_cameras: bool = True,
     batch_size: int = 64,
     num_workers: int = 0,
     reranked: bool = False,
@@ -226,7 +225,7 @@ def score(
         model: PersonViTModel or PersonViTForReID.
         processor: The model's own image processor.
         dataset: What `load_reid_dataset` returns.
-        use_cameras: Whether the model is told each image's camera (SIE); None: if it was trained so.
+        use_cameras: Whether a model that was trained with cameras (SIE) is told each image's.
         batch_size: Images a forward pass.
         num_workers: Processes that decode and resize.
         reranked: Whether to rank by `rerank`'s distances.
