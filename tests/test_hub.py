@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from hub_server import HubServer, running_hub
 from huggingface_hub import ModelCard, constants, hf_hub_download
-from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, AutoModelForPreTraining
+from transformers import AutoModel, AutoModelForImageClassification, AutoModelForPreTraining
 from typer.testing import CliRunner
 
 from personvit_hf import (
@@ -29,6 +29,7 @@ from personvit_hf import (
     push_to_hub,
 )
 from personvit_hf.cli import app
+from personvit_hf.loading import load_embedder
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SIZES = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 64, "patch_size": 8}
@@ -99,8 +100,11 @@ def test_large_weights_go_the_lfs_way_and_come_back(server, tmp_path):
     again = AutoModel.from_pretrained("alice/large")
     assert type(again) is PersonViTModel
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
-    processor = AutoImageProcessor.from_pretrained("alice/large")
-    assert type(processor) is PersonViTImageProcessor
+    for revision in (None, "main"):
+        again, processor = load_embedder("alice/large", revision)
+        assert type(again) is PersonViTModel and type(processor) is PersonViTImageProcessor
+    with pytest.raises(FileNotFoundError, match="alice/large: neither .* nope"):
+        load_embedder("alice/large", "nope")
 
     # what is there already is neither sent nor committed again
     server.requests.clear()
