@@ -25,6 +25,7 @@ from personvit_hf import PersonViTConfig, PersonViTForReID, PersonViTImageProces
 from personvit_hf.augmentation import ReIDTransform
 from personvit_hf.checkpointing import (
     TrainingProgress,
+    check_best,
     export_best,
     find_checkpoint,
     load_weights,
@@ -251,6 +252,7 @@ def prepare_run(args: FinetuneArguments, accelerator: Accelerator) -> Run:
     accelerator.register_for_checkpointing(progress)
     if checkpoint is not None:
         restore(accelerator, model, optimizer, checkpoint)
+        check_best(accelerator, output_dir / "best", progress)
     log = MetricsLog(output_dir / "metrics.jsonl", accelerator, progress.step)
     if accelerator.is_main_process:
         (output_dir / "arguments.yaml").write_text(yaml.safe_dump(asdict(args), sort_keys=False))
@@ -313,6 +315,14 @@ def checked(run: Run, figures: dict[str, torch.Tensor]) -> dict[str, float]:
     return means
 
 
+def log_step(run: Run, figures: dict[str, torch.Tensor], epoch: int, bar: tqdm) -> None:
+    """Writes a line of metrics.jsonl."""
+    means = checked(run, figures)
+    bar.set_postfix(loss=f"{means['loss']:.3f}", accuracy=f"{means['accuracy']:.2f}")
+    rate = run.optimizer.param_groups[0]["lr"]
+    run.log.write(run.progress.step, epoch=epoch, **means, learning_rate=rate, **run.pace.figures())
+
+
 def train_epoch(run: Run, epoch: int, bar: tqdm) -> None:
     """Trains on what is left of an epoch."""
     args, accelerator, plan, progress = run.args, run.accelerator, run.plan, run.progress
@@ -329,10 +339,7 @@ def train_epoch(run: Run, epoch: int, bar: tqdm) -> None:
         progress.step += 1
         last, figures = figures, {}
         if is_due(args.logging_steps, progress.step):
-            means = checked(run, last)
-            bar.set_postfix(loss=f"{means['loss']:.3f}", accuracy=f"{means['accuracy']:.2f}")
-            rate = run.optimizer.param_groups[0]["lr"]
-            run.log.write(progress.step, epoch=epoch, **means, learning_rate=rate, **run.pace.figures())
+            log_step(run, last, epoch, bar)
         if run.stop.agreed():
             checked(run, last)
             save(run)
@@ -340,8 +347,8 @@ def train_epoch(run: Run, epoch: int, bar: tqdm) -> None:
     run.broken.end_epoch()
     progress.epoch, progress.samples = epoch + 1, 0
     bar.update()
-    if last:  # else the run was stopped after the epoch's last step
-        checked(run, last)
+    if last and not is_due(args.logging_steps, progress.step):  # not `last`: the run was stopped after the last step
+        log_step(run, last, epoch, bar)
 
 
 def score_model(run: Run) -> None:
@@ -384,7 +391,8 @@ def main() -> None:
     with tqdm(**epochs, desc="Epochs", disable=not accelerator.is_main_process) as bar:
         for epoch in range(run.progress.epoch, args.epochs):
             train_epoch(run, epoch, bar)
-            if is_due(args.eval_epochs, run.progress.epoch):
+            is_last = epoch + 1 == args.epochs
+            if is_due(args.eval_epochs, run.progress.epoch) or (args.keep_best and is_last):
                 with run.pace.paused():
                     score_model(run)
             # after the score, which a resumed run would not repeat
@@ -392,7 +400,7 @@ def main() -> None:
                 save(run)
     run.stop.close()
     output_dir = Path(args.output_dir)
-    if args.keep_best:
+    if args.keep_best and run.progress.best is not None:
         export_best(accelerator, output_dir / "best", output_dir)
     else:
         save_model(accelerator, run.model, run.processor, output_dir)

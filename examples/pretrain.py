@@ -30,6 +30,7 @@ from personvit_hf import (
 from personvit_hf.augmentation import MultiCrop, normalize
 from personvit_hf.checkpointing import (
     TrainingProgress,
+    check_best,
     export_best,
     find_checkpoint,
     load_weights,
@@ -293,6 +294,7 @@ def prepare_run(args: PretrainArguments, accelerator: Accelerator) -> Run:
         accelerator.register_for_checkpointing(dataloader.dataset)
     if checkpoint is not None:
         restore(accelerator, model, optimizer, checkpoint)
+        check_best(accelerator, output_dir / "best", progress)
     log = MetricsLog(output_dir / "metrics.jsonl", accelerator, progress.step)
     if accelerator.is_main_process:
         (output_dir / "arguments.yaml").write_text(yaml.safe_dump(asdict(args), sort_keys=False))
@@ -484,7 +486,7 @@ def main() -> None:
                 save(run)
     run.stop.close()
     output_dir = Path(args.output_dir)
-    if args.keep_best:
+    if args.keep_best and run.progress.best is not None:
         export_best(accelerator, output_dir / "best", output_dir)
     else:
         save_model(accelerator, run.model, run.processor, output_dir)

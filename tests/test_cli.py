@@ -66,7 +66,11 @@ def test_convert_there_and_back(tmp_path):
 
     process = personvit("convert", tmp_path / "ours", tmp_path / "back.pth", "--to", "official")
     assert process.returncode == 0, process.stderr
-    process = personvit("convert", tmp_path / "back.pth", tmp_path / "again", "--num-attention-heads", 5)
+    told = process.stdout.split("for the way back: ")[1].split()
+    assert (
+        told == "--num-attention-heads 5 --image-size 128x64 --image-mean 0.5,0.5,0.5 --image-std 0.5,0.5,0.5".split()
+    )
+    process = personvit("convert", tmp_path / "back.pth", tmp_path / "again", *told)
     assert process.returncode == 0 and "Left out" not in process.stdout, process.stderr
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "ours" / name).read_bytes()

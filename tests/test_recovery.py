@@ -235,5 +235,25 @@ def test_the_best_model_is_what_a_run_exports(people, tmp_path):
     assert scores.index(max(scores)) < 5, "this run's last model is its best: no test"
     run("evaluate_reid.py", model=tmp_path, data=people / "market", output=tmp_path / "e.json", num_workers=0)
     assert json.loads((tmp_path / "e.json").read_text())["mAP"] == max(scores)
+
+    # a branch of it, here or in another folder, exports its own best: nothing of what it left behind
+    for output_dir in (tmp_path, tmp_path / "branch"):
+        last = tmp_path / "checkpoints" / f"step-{6 * STEPS_PER_EPOCH:08d}"
+        changes = {"output_dir": output_dir, "epochs": 7, "learning_rate": 0.0, "keep_checkpoints": 9}
+        (tmp_path / "best" / "best.json").write_text('{"step": 1, "score": 2.0}')
+        run("pretrain.py", "--keep_best", **settings | changes, resume_from=last)
+        score = [line["mAP"] for line in log_lines(output_dir) if "mAP" in line][-1]
+        assert json.loads((output_dir / "best.json").read_text()) == {"step": 7 * STEPS_PER_EPOCH, "score": score}
+        assert_same_weights(output_dir, output_dir / "best")
     with pytest.raises(ValueError, match="`keep_best` needs `eval_data`"):
         run("pretrain.py", "--keep_best", data=people / "unlabelled", output_dir=tmp_path / "other", **PRETRAIN)
+
+
+def test_fine_tuning_keeps_a_best_model_though_scored_at_the_end_alone(people, tmp_path):
+    settings = FINETUNE | {"data": people / "market", "output_dir": tmp_path, "eval_epochs": 50, "save_epochs": 0}
+    for seed in (0, 1):  # again into the same folder: its result is not the first one's
+        run("finetune.py", "--keep_best", **settings, seed=seed)
+        last = log_lines(tmp_path)[-1]
+        assert json.loads((tmp_path / "best.json").read_text()) == {"step": last["step"], "score": last["mAP"]}
+        assert json.loads((tmp_path / "results.json").read_text())["mAP"] == last["mAP"]
+    assert [line for line in log_lines(tmp_path) if "loss" in line][-1]["step"] == last["step"]

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
-from personvit_hf.sampling import EpochSampler, PKSampler
+from personvit_hf.sampling import REPEATED, EpochSampler, PKSampler
 
 FIXTURE = json.loads((Path(__file__).parent / "golden" / "identity_sampler.json").read_text())
 LABELS = FIXTURE["pids"]
@@ -80,7 +80,7 @@ def test_epoch_sampler_on_two_processes_with_persistent_workers():
 def check_batches(keys, epoch, labels, p, k):
     """Every run of p * k keys holds p identities with k images; returns the indices."""
     epochs, indices = np.divmod(np.array(keys), len(labels))
-    assert np.all(epochs == epoch)
+    assert np.all(epochs % REPEATED == epoch)
     assert len(keys) % (p * k) == 0
     for run in np.asarray(labels)[indices].reshape(-1, p, k):
         assert (run == run[:, :1]).all()
@@ -117,6 +117,7 @@ def test_images_repeat_only_where_an_identity_has_too_few(labels, p, k, seed):
         return
     sampler = PKSampler(labels, p, k, seed)
     indices = check_batches(list(sampler), 0, labels, p, k)
+    assert len(set(sampler)) == len(sampler)  # a repeated image has another key, so that it is drawn anew
     images = Counter(labels)
     for index, times in Counter(indices.tolist()).items():
         least, rest = divmod(k, images[labels[index]])

@@ -109,6 +109,12 @@ def test_wrong_values_in_the_file_are_named(tmp_path, settings, capsys):
     assert f"--{next(iter(settings))}" in capsys.readouterr().err
 
 
+def test_yaml_takes_no_for_a_word_where_a_word_is_wanted(tmp_path):
+    (tmp_path / "settings.yaml").write_text("data: x\nname: no\nfast: yes\n")
+    args = parse_arguments(Arguments, ["--config", str(tmp_path / "settings.yaml")])
+    assert args.name == "no" and args.fast
+
+
 @pytest.mark.parametrize("value", ["0", "-1", "1.5", "nan", "inf"])
 def test_numbers_outside_their_range_are_named(tmp_path, value):
     with pytest.raises(

@@ -21,6 +21,7 @@ from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 CARD_FILE, ENVIRONMENT_FILE, SETTINGS_FILE = "README.md", "environment.json", "arguments.yaml"
+BEST_FILE = "best.json"  # beside a model that `keep_best` chose
 MARKER = (
     "Written by personvit-hf, and anew with each save or push. Delete this line and the card stays as you edit it."
 )
@@ -97,7 +98,8 @@ class SavedModel:
         if architecture not in ARCHITECTURES:
             raise ValueError(f"{folder}: a card is for one of {', '.join(ARCHITECTURES)}; this is {architecture}.")
         record = read_json(folder / ENVIRONMENT_FILE)
-        return cls(folder, config, processor, _read_settings(folder), record, _read_log(folder / "metrics.jsonl"))
+        settings = _read_settings(folder)
+        return cls(folder, config, processor, settings, record, _read_log(folder, settings))
 
     @property
     def architecture(self) -> str:
@@ -361,15 +363,19 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def _read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; one that a crash cut short is left out."""
-    lines = []
+def _read_log(folder: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl up to the saved model; one that a crash cut short is left out."""
+    path, lines = folder / "metrics.jsonl", []
+    last = read_json(folder / BEST_FILE).get("step") if settings.get("keep_best") else None
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
             lines.append(json.loads(line))
         except ValueError:
             continue
-    return [line for line in lines if isinstance(line, dict)]
+    lines = [line for line in lines if isinstance(line, dict)]
+    if not isinstance(last, int):
+        return lines
+    return [line for line in lines if isinstance(line.get("step"), int) and line["step"] <= last]
 
 
 def _names_a_place(value: Any) -> bool:

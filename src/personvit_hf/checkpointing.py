@@ -37,6 +37,7 @@ MODEL_FILE, OPTIMIZER_FILE, RANDOM_FILE, PROGRESS_FILE = (
     *("model.safetensors", "optimizer.safetensors", "random_states.safetensors"),
     "progress.json",
 )
+BEST_FILE = "best.json"
 FORMAT = 1
 
 
@@ -225,8 +226,27 @@ def save_best(
     save_model(accelerator, model, processor, folder)
     progress.best = shared[0]
     if accelerator.is_main_process:
-        (folder / "best.json").write_text(json.dumps({"step": progress.step, "score": progress.best}) + "\n")
+        (folder / BEST_FILE).write_text(json.dumps({"step": progress.step, "score": progress.best}) + "\n")
     return True
+
+
+def check_best(accelerator: Accelerator, best: Path, progress: TrainingProgress) -> None:
+    """Forgets a resumed run's best score if its model isn't there, as it is in another folder, or of another branch.
+
+    Call it on every process, after `restore`; the best is then chosen among the models from here on.
+
+    Args:
+        accelerator: The run's accelerator.
+        best: The folder given to `save_best`.
+        progress: The run's progress, whose `best` may become None.
+    """
+    found: list[Any] = [None]
+    if accelerator.is_main_process and (best / BEST_FILE).is_file():
+        found = [json.loads((best / BEST_FILE).read_text()).get("score")]
+    broadcast_object_list(found)
+    if progress.best is not None and found[0] != progress.best:
+        logger.warning("%s is not the best model so far (mAP %.4f): chosen is from here on.", best, progress.best)
+        progress.best = None
 
 
 def export_best(accelerator: Accelerator, best: Path, folder: Path) -> None:

@@ -95,11 +95,19 @@ def convert(
 
 
 def _convert_to_official(folder: Path, file: Path) -> None:
+    from transformers import AutoImageProcessor
+
     from .official_format import load_own_model, save_official_checkpoint
 
     model = load_own_model(folder)
     save_official_checkpoint(model, file)
     typer.echo(f"{type(model).__name__} of {folder} written to {file}.")
+    if (folder / "preprocessor_config.json").is_file():
+        processor = AutoImageProcessor.from_pretrained(folder)
+        size = f"--image-size {processor.size['height']}x{processor.size['width']}"
+        mean, std = (",".join(f"{value:g}" for value in v) for v in (processor.image_mean, processor.image_std))
+        heads = f"--num-attention-heads {model.config.num_attention_heads}"
+        typer.echo(f"Not told by it; for the way back: {heads} {size} --image-mean {mean} --image-std {std}")
 
 
 @app.command()

@@ -107,7 +107,8 @@ def occlusion(
     images = _images([picture], split, rows, 1)
     if len(images) != 1:
         raise ValueError(f"One picture is hidden, got {len(images)}: name one of them with --rows.")
-    hidden = _numbers(shares)
+    whole = [0.0]  # what the others are compared with
+    hidden = whole + [share for share in _numbers(shares) if share]
     occluded = [occlude(images[0], share, side) for share in hidden]
     _save(draw_occlusion(patch_tokens(*_load(model, out), occluded, image_size=_size(image_size)), hidden), out, dpi)
 

@@ -14,6 +14,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch.utils.data import Sampler
 
+# How many epochs on the key of an image is that stands a second time in a batch; more than any run has.
+REPEATED = 2**20
+
 
 class EpochSampler(Sampler[int]):
     """Every sample once an epoch, in an order of that epoch's own.
@@ -56,8 +59,9 @@ class PKSampler(Sampler[int]):
     deals whole batches out to its processes. (A custom batch sampler would not be re-seeded by Accelerate.)
 
     An identity's images are shuffled and cut into groups of K; what is left over waits for another epoch, and one with
-    fewer than K images repeats some, after showing each. Identities for a batch are drawn at random from those with
-    groups left. The epoch ends when these are fewer than P, so its length differs a little from epoch to epoch.
+    fewer than K images repeats some, after showing each; a repeated one has the key of a far later epoch (`REPEATED`),
+    so that its random draws are others. Identities for a batch are drawn at random from those with groups left. The
+    epoch ends when these are fewer than P, so its length differs a little from epoch to epoch.
 
     Args:
         labels: Identity of each sample; any integers.
@@ -108,7 +112,9 @@ class PKSampler(Sampler[int]):
         for members in self._members:
             shuffled = rng.permutation(members)
             kept = max(len(shuffled) // k, 1) * k
-            groups.append(np.resize(shuffled, kept).reshape(-1, k))
+            repetition = np.arange(kept) // len(shuffled)
+            keys = np.resize(shuffled, kept) + REPEATED * self.num_samples * repetition
+            groups.append(keys.reshape(-1, k))
         remaining = np.array([len(g) for g in groups])
         order = []
         while len(available := np.flatnonzero(remaining)) >= self.num_identities:

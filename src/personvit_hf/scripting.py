@@ -58,6 +58,9 @@ def parse_arguments(arguments_class: type[Arguments], argv: Sequence[str] | None
         unknown = sorted(set(settings) - {setting.name for setting in fields(arguments_class)})
         if unknown:
             raise ValueError(f"{path}: unknown settings {unknown}. See --help for those that exist.")
+        for setting in fields(arguments_class):  # YAML takes a bare `no`, as of `mixed_precision`, for false
+            if isinstance(settings.get(setting.name), bool) and "bool" not in str(setting.type):
+                settings[setting.name] = "yes" if settings[setting.name] else "no"
         argv = _as_flags(settings) + argv
     namespace = vars(parser.parse_args(argv))
     namespace.pop("config")
