@@ -62,8 +62,8 @@ CHANGES = {
         "warmup_teacher_temperature": 0.04,
         "teacher_patch_temperature": 0.07,
     },
-    "teacher's momentum 0.996": {"teacher_momentum": 0.996},
-    "teacher's momentum stays at 0.99": {"final_teacher_momentum": 0.99},
+    "teacher's momentum from 0.996 to 1": {"teacher_momentum": 0.996, "final_teacher_momentum": 1.0},
+    "teacher's momentum rises to 1": {"final_teacher_momentum": 1.0},
     "half the learning rate": {"learning_rate": 0.0028},
     "twice the learning rate": {"learning_rate": 0.0112},
     "no local crops": {"num_local_crops": 0},
@@ -87,8 +87,8 @@ class StudyArguments:
     check_data: str | None = option(
         None, "Another labelled data set, on which the models of `objective` are tried too."
     )
-    pretrain_config: str = option(str(EXAMPLES / "recipes" / "pretrain_rendered.yaml"), "Recipe of pretrain.py.")
-    finetune_config: str = option(str(EXAMPLES / "recipes" / "finetune_rendered.yaml"), "Recipe of finetune.py.")
+    pretrain_config: str = option(str(EXAMPLES / "recipes" / "pretrain_small.yaml"), "Recipe of pretrain.py.")
+    finetune_config: str = option(str(EXAMPLES / "recipes" / "finetune_small.yaml"), "Recipe of finetune.py.")
     pretrain_epochs: int | None = option(None, "Epochs on all pictures; None for the recipe's.")
     finetune_epochs: int | None = option(None, "Epochs of fine-tuning on `data`; None for the recipe's.")
     random_learning_rate: float | None = option(
