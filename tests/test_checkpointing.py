@@ -234,6 +234,17 @@ def test_full_disk_at_the_final_model_names_the_folder_and_the_way_on(tmp_path):
     assert contents(tmp_path / "checkpoints") == before
 
 
+def test_a_model_of_no_numbers_is_not_saved(tmp_path):
+    run = Run()
+    config = PersonViTConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1, intermediate_size=64)
+    model = run.accelerator.prepare(PersonViTModel(config))
+    with torch.no_grad():
+        model.layernorm.weight[3] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"1 weights hold NaN or infinity, such as layernorm\.weight"):
+        save_model(run.accelerator, model, PersonViTImageProcessor(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_new_run_refuses_a_folder_with_checkpoints(tmp_path):
     Run().save(tmp_path)
     with pytest.raises(FileExistsError, match="--resume_from latest") as caught:

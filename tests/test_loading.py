@@ -148,6 +148,9 @@ def test_damaged_weights(checkpoint, damage):
     found = {"other": "lacks weights", "nan": "1 weights hold NaN"}.get(damage, "its weights can't be read")
     with pytest.raises(ValueError, match=f"^{checkpoint}: .*{found}"):
         load_embedder(str(checkpoint))
+    if damage in ("cut", "empty"):
+        with pytest.raises(ValueError, match=f"^{checkpoint}: .*{found}"):
+            load_pretrained(PersonViTForReID, str(checkpoint))
 
 
 @pytest.mark.parametrize("settings", [{"image_mean": "x"}, {"image_std": [0, 0, 0]}, {"rescale_factor": "a"}])

@@ -173,13 +173,15 @@ def save_model(accelerator: Accelerator, model: torch.nn.Module, processor: Base
 
     Raises:
         OSError: on every process, if they can't be written; the message says where. Checkpoints are untouched.
-        FloatingPointError: on the main process, if the weights are no numbers any more.
+        FloatingPointError: on every process, if the weights are no numbers any more.
     """
     whole = whole_module(accelerator, model)
-    if accelerator.is_main_process and (broken := nonfinite_weights(whole)):
+    broken = [nonfinite_weights(whole) if accelerator.is_main_process else []]
+    broadcast_object_list(broken)  # or the others would wait for a main process that has ended
+    if broken[0]:
         raise FloatingPointError(
-            f"Training has diverged: {len(broken)} weights hold NaN or infinity, such as {min(broken)}. {folder} was "
-            "not written; resume from a checkpoint with a lower learning rate."
+            f"Training has diverged: {len(broken[0])} weights hold NaN or infinity, such as {min(broken[0])}. Nothing "
+            f"was written to {folder}; resume from a checkpoint with a lower learning rate."
         )
 
     def write() -> None:

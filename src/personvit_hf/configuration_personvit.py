@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 # (hidden size, attention heads, layers) of ViT-Ti/S/B/L
 PRESETS = {"tiny": (192, 3, 12), "small": (384, 6, 12), "base": (768, 12, 12), "large": (1024, 16, 24)}
 
+# Settings by what they must be: at least 1, in [0, 1], finite.
 COUNTS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size", "num_channels")
 COUNTS += ("projection_hidden_size", "projection_bottleneck_size", "num_cls_prototypes", "num_patch_prototypes")
 SHARES = (

@@ -59,12 +59,11 @@ def load_pretrained(model_class: type[Model], name_or_path: str, **overrides: An
 
     Raises:
         FileNotFoundError: As in `read_config`.
-        ValueError: As in `read_config`, or if with these settings some of the model is not as in the checkpoint.
+        ValueError: As in `read_config`, if weights are damaged, or if with these settings some of the model is not as
+            in the checkpoint.
     """
     read_config(name_or_path)
-    model, loading = model_class.from_pretrained(
-        name_or_path, output_loading_info=True, ignore_mismatched_sizes=True, **overrides
-    )
+    model, loading = _read_weights(model_class, name_or_path, ignore_mismatched_sizes=True, **overrides)
     backbone = f"{model_class.base_model_prefix}."
     unlike = [key for key in loading["missing_keys"] if key.startswith(backbone)]
     unlike += [mismatch[0] for mismatch in loading["mismatched_keys"]]
@@ -97,11 +96,7 @@ def load_embedder(
     config = read_config(name_or_path, revision)
     model_class = PersonViTForReID if PersonViTForReID.__name__ in (config.architectures or ()) else PersonViTModel
     try:
-        model, loading = model_class.from_pretrained(
-            name_or_path, revision=revision, dtype=dtype or "auto", output_loading_info=True
-        )
-    except (SafetensorError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{name_or_path}: its weights can't be read ({error}).") from error
+        model, loading = _read_weights(model_class, name_or_path, revision=revision, dtype=dtype or "auto")
     except WRONG_VALUES as error:  # such as an unknown `hidden_act`
         raise ValueError(f"{name_or_path}: its config.json is damaged or was edited: {error!r}") from error
     if loading["missing_keys"]:
@@ -109,6 +104,14 @@ def load_embedder(
     if broken := nonfinite_weights(model):
         raise ValueError(f"{name_or_path}: {len(broken)} weights hold NaN or infinity, such as {min(broken)}.")
     return model.eval(), _load_processor(name_or_path, revision, config.num_channels)
+
+
+def _read_weights(model_class: type[Model], name_or_path: str, **options: Any) -> tuple[Model, dict[str, Any]]:
+    """The model, and what transformers tells of its loading."""
+    try:
+        return model_class.from_pretrained(name_or_path, output_loading_info=True, **options)
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{name_or_path}: its weights can't be read ({error}).") from error
 
 
 def nonfinite_weights(model: torch.nn.Module) -> list[str]:

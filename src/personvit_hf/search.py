@@ -96,7 +96,7 @@ class FaissIndex:
         kind: One of the three.
 
     Raises:
-        ImportError: faiss is not installed (`pip install ".[search]"` in the clone).
+        ImportError: faiss is not installed (`pip install personvit-hf[search]`).
         ValueError: There is no such kind, the folder's index is of other embeddings, or its images are too few.
     """
 
@@ -182,7 +182,7 @@ class QdrantIndex:
         folder: The embeddings.
 
     Raises:
-        ImportError: qdrant-client is not installed (`pip install ".[qdrant]"` in the clone).
+        ImportError: qdrant-client is not installed (`pip install personvit-hf[qdrant]`).
         ConnectionError: The server can't be reached, or refuses.
         ValueError: The collection holds other embeddings.
     """
