@@ -55,7 +55,7 @@ class Block(nn.Module):
         if not self.training or not self.drop_path_rate:
             return branch
         kept = 1 - self.drop_path_rate
-        return branch.div(kept) * torch.rand(len(branch), 1, 1).add_(kept).floor_()
+        return branch.div(kept) * torch.rand(len(branch), 1, 1, device=branch.device).add_(kept).floor_()
 
 
 class PlainViT(nn.Module):

@@ -19,7 +19,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import HfArgumentParser
 
-from personvit_hf import PersonViTConfig, PersonViTForPreTraining, modeling_personvit_pretraining
+from personvit_hf import PersonViTConfig, PersonViTForPreTraining, losses
 from personvit_hf.masking import BlockMasking
 from personvit_hf.scripting import checkpoint_layers, parse_arguments
 
@@ -134,7 +134,7 @@ def batch_bytes(settings: PretrainArguments, cost: StepCost, trained: int, batch
         "activations": cost.kept_bytes * batch_size,
         "crops": 5.0 * pixels_per_image(settings) * batch_size,
         "bf16 weights": 2.0 * trained,
-        "logits": float(BYTES_PER_LOGIT * modeling_personvit_pretraining.MAX_LOGITS),
+        "logits": float(BYTES_PER_LOGIT * losses.MAX_LOGITS_ON_GPU),
     }
 
 
@@ -187,8 +187,8 @@ def measure_kept(
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    limit = modeling_personvit_pretraining.MAX_LOGITS
-    modeling_personvit_pretraining.MAX_LOGITS = 1  # one row a chunk
+    limit = losses.MAX_LOGITS
+    losses.MAX_LOGITS = 1  # one row a chunk
     try:
         with (
             torch.autocast("cpu", torch.bfloat16),
@@ -196,7 +196,7 @@ def measure_kept(
         ):
             output = model(**make_batch(settings, config, images))  # held, or what it kept would be freed
     finally:
-        modeling_personvit_pretraining.MAX_LOGITS = limit
+        losses.MAX_LOGITS = limit
     del output
     return sum(kept.values()) / images
 

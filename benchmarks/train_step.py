@@ -56,9 +56,10 @@ class Arguments:
     prototypes: int = field(default=8192, metadata={"help": "Prototypes of [CLS], and as many of patches."})
     batch: int = field(default=4, metadata={"help": "Images in a step; four times as many to fine-tune and embed."})
     rounds: int = field(default=5, metadata={"help": "Steps of each; figures are medians over them."})
-    threads: int = field(default=1, metadata={"help": "Threads of PyTorch."})
+    threads: int = field(default=1, metadata={"help": "Threads of PyTorch, on the CPU."})
+    device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
     drop_path_rate: float = field(default=0.1, metadata={"help": "Stochastic depth of the last layer."})
-    attn_implementation: str | None = field(default=None, metadata={"help": "None: eager in bf16, else sdpa."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "None: eager in bf16 on CPUs, else sdpa."})
     only: str | None = field(default=None, metadata={"help": "Used by itself: one of `ALONE`, in a process alone."})
 
 
@@ -75,7 +76,7 @@ class Step:
 
 
 def config_of(args: Arguments, precision: str, **settings) -> PersonViTConfig:
-    attention = args.attn_implementation or ("eager" if precision == "bf16" else "sdpa")
+    attention = args.attn_implementation or ("eager" if precision == "bf16" and args.device == "cpu" else "sdpa")
     settings = {"drop_path_rate": args.drop_path_rate, "image_size": args.image_size} | settings
     prototypes = {"num_cls_prototypes": args.prototypes, "num_patch_prototypes": args.prototypes}
     return PersonViTConfig.from_preset(args.preset, attn_implementation=attention, **prototypes, **settings)
@@ -87,17 +88,18 @@ def pretraining_batch(args: Arguments, config: PersonViTConfig) -> dict[str, tor
     masking = BlockMasking(grid=config.patch_grid(*args.image_size), ratios=(0.3,), ratio_spreads=(0.0,))
     masks = np.stack([[masking(rng).ravel() for _ in range(2)] for _ in range(args.batch)])
     masks[::2, 0] = masks[1::2, 1] = False
-    return {
+    batch = {
         "global_pixel_values": torch.randn(args.batch, 2, 3, *args.image_size, generator=generator),
         "local_pixel_values": torch.randn(args.batch, 8, 3, *args.local_size, generator=generator),
         "bool_masked_pos": torch.from_numpy(masks),
     }
+    return {name: value.to(args.device) for name, value in batch.items()}
 
 
 def our_pretraining(args: Arguments, precision: str, **settings) -> Step:
     torch.manual_seed(0)
     config = config_of(args, precision, **settings)
-    model, batch = PersonViTForPreTraining(config).train(), pretraining_batch(args, config)
+    model, batch = PersonViTForPreTraining(config).to(args.device).train(), pretraining_batch(args, config)
     optimizer = torch.optim.AdamW(pretraining_parameter_groups(model, DECAY), lr=1e-5, fused=True)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
@@ -124,7 +126,7 @@ def checkpointed_pretraining(args: Arguments, precision: str, **settings) -> Ste
 
 def plain_pretraining(args: Arguments, precision: str, **settings) -> Step:
     config = config_of(args, precision, **settings)
-    model = PlainPreTraining(config).train()
+    model = PlainPreTraining(config).to(args.device).train()
     model.teacher.eval()
     batch = pretraining_batch(args, config)
     crops = [list(batch[name].unbind(1)) for name in ("global_pixel_values", "local_pixel_values", "bool_masked_pos")]
@@ -149,19 +151,19 @@ def plain_pretraining(args: Arguments, precision: str, **settings) -> Step:
 
 def reid_batch(args: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
     pixels = torch.randn(4 * args.batch, 3, *args.image_size, generator=torch.Generator().manual_seed(0))
-    return pixels, torch.arange(args.batch).repeat_interleave(4)
+    return pixels.to(args.device), torch.arange(args.batch, device=args.device).repeat_interleave(4)
 
 
 def our_finetuning(args: Arguments, precision: str, **settings) -> Step:
     torch.manual_seed(0)
-    model = PersonViTForReID(config_of(args, precision, num_labels=751, **settings)).train()
+    model = PersonViTForReID(config_of(args, precision, num_labels=751, **settings)).to(args.device).train()
     pixels, labels = reid_batch(args)
     optimizer = torch.optim.SGD(finetuning_parameter_groups(model, 1e-4, 1e-4), momentum=0.9, fused=True)
     return Step(model, lambda: (model(pixels, labels).loss,), optimizer=optimizer)
 
 
 def plain_finetuning(args: Arguments, precision: str, **settings) -> Step:
-    model = PlainReID(config_of(args, precision, num_labels=751, **settings)).train()
+    model = PlainReID(config_of(args, precision, num_labels=751, **settings)).to(args.device).train()
     pixels, labels = reid_batch(args)
     groups = [
         {"params": [parameter], "lr": 1e-4 * (2 if "bias" in name else 1)}
@@ -249,36 +251,47 @@ def check_equal(kind: str, args: Arguments) -> None:
         raise RuntimeError(f"The {kind} steps differ: {name} by {differences[name]:.1e}, more than {TOLERANCE}.")
 
 
-class Stopwatch:
-    """Adds up the time that some modules take, forward."""
+def clock(device: str) -> float:
+    """Seconds; a GPU is waited for, which works on while Python has gone ahead."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
-    def __init__(self, modules: list[nn.Module]):
-        self.seconds = 0.0
+
+class Stopwatch:
+    """Adds up the time that some modules take, forward, while `on`."""
+
+    def __init__(self, modules: list[nn.Module], device: str):
+        self.seconds, self.device, self.on = 0.0, device, False
         for module in modules:
             module.register_forward_pre_hook(self._start)
             module.register_forward_hook(self._stop)
 
     def _start(self, *_) -> None:
-        self.started = time.perf_counter()
+        self.started = clock(self.device) if self.on else 0.0
 
     def _stop(self, *_) -> None:
-        self.seconds += time.perf_counter() - self.started
+        self.seconds += clock(self.device) - self.started if self.on else 0.0
 
 
-def take(step: Step, precision: str, watches: dict[str, Stopwatch]) -> dict[str, float]:
-    """Seconds of each phase of one step."""
-    seconds, started = {}, time.perf_counter()
+def take(step: Step, precision: str, device: str, watches: dict[str, Stopwatch] | None = None) -> dict[str, float]:
+    """Takes a step; returns the seconds of each of its phases, if these are watched."""
+    seconds, started = {}, 0.0 if watches is None else clock(device)
 
     def lap(phase: str) -> None:
         nonlocal started
-        now = time.perf_counter()
-        seconds[phase], started = now - started, now
+        if watches is not None:
+            now = clock(device)
+            seconds[phase], started = now - started, now
 
-    before = {name: watch.seconds for name, watch in watches.items()}
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+    before = {name: watch.seconds for name, watch in (watches or {}).items()}
+    for watch in (watches or {}).values():
+        watch.on = True
+    with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
         losses = step.forward()
     lap("rest of forward")
-    for name, watch in watches.items():
+    for name, watch in (watches or {}).items():
+        watch.on = False
         seconds[name] = watch.seconds - before[name]
         seconds["rest of forward"] -= seconds[name]
     if step.optimizer is not None:
@@ -296,29 +309,37 @@ def take(step: Step, precision: str, watches: dict[str, Stopwatch]) -> dict[str,
     return seconds
 
 
-def matmul_speed(precision: str) -> float:
-    """FLOP/s of a product of two matrices of 2048 x 2048, the median of seven; in bf16, of the faster kind of product.
+def seconds_of(step: Step, precision: str, device: str) -> float:
+    """Of a step as it is in training, where nothing waits for a GPU: the mean of 10 in a row there."""
+    in_a_row, started = 1 if device == "cpu" else 10, clock(device)
+    for _ in range(in_a_row):
+        take(step, precision, device)
+    return (clock(device) - started) / in_a_row
+
+
+def matmul_speed(precision: str, device: str) -> float:
+    """FLOP/s of a product of two large square matrices, the median of seven; in bf16, of the faster kind of product.
 
     bf16 numbers can be multiplied as float32 ones, too, which CPUs without matrix units do faster.
     """
-    size, speeds = 2048, []
+    size, speeds = 2048 if device == "cpu" else 8192, []
     for dtype in (torch.float32, torch.bfloat16)[: 2 if precision == "bf16" else 1]:
-        matrix, times = torch.randn(size, size).to(dtype), []
+        matrix, times = torch.randn(size, size, device=device).to(dtype), []
         for _ in range(8):
-            started = time.perf_counter()
+            started = clock(device)
             matrix @ matrix
-            times.append(time.perf_counter() - started)
+            times.append(clock(device) - started)
         speeds.append(2 * size**3 / statistics.median(times[1:]))
     return max(speeds)
 
 
-def count_flops(step: Step, precision: str) -> float:
+def count_flops(step: Step, precision: str, device: str) -> float:
     """FLOPs of the matrix products of one step; attention's are counted where they are plain products."""
     if isinstance(step.model, PreTrainedModel):
         used = step.model.config._attn_implementation
         step.model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counter:
-        take(step, precision, {})
+        take(step, precision, device)
     if isinstance(step.model, PreTrainedModel):
         step.model.set_attn_implementation(used)
     return counter.get_total_flops()
@@ -328,22 +349,28 @@ def compare(kind: str, precision: str, args: Arguments) -> None:
     """Both ways in turns, and a table of their phases."""
     pair = dict(zip(("plain", "ours"), (build(args, precision) for build in reversed(BUILDERS[kind])), strict=True))
     load_plain(kind, pair["ours"], pair["plain"])
-    watches = {who: {name: Stopwatch(part) for name, part in step.parts.items()} for who, step in pair.items()}
-    flops = {who: count_flops(step, precision) for who, step in pair.items()}  # and warms up
-    speeds, laps = [matmul_speed(precision)], {who: defaultdict(list) for who in pair}
+    device = args.device
+    watches = {who: {name: Stopwatch(part, device) for name, part in step.parts.items()} for who, step in pair.items()}
+    flops = {who: count_flops(step, precision, device) for who, step in pair.items()}
+    for step in pair.values():  # warms up: the count took attention's other way
+        take(step, precision, device)
+    speeds, laps = [matmul_speed(precision, device)], {who: defaultdict(list) for who in pair}
     for _ in range(args.rounds):
         for who, step in pair.items():
-            seconds = take(step, precision, watches[who])
-            for phase, value in (seconds | {"whole": sum(seconds.values())}).items():
+            seconds = take(step, precision, device, watches[who])
+            seconds["whole"] = sum(seconds.values())
+            if device != "cpu":
+                seconds["whole"] = seconds_of(step, precision, device)
+            for phase, value in seconds.items():
                 laps[who][phase].append(value)
-        speeds.append(matmul_speed(precision))
+        speeds.append(matmul_speed(precision, device))
     speed = statistics.median(speeds)
     ratio = statistics.median(np.divide(laps["plain"]["whole"], laps["ours"]["whole"]))
     print(f"\n{kind}, {precision}: {ratio:.2f} times as fast; large product {speed / 1e9:.0f} GFLOP/s")
     print("| | plain, s | ours, s |\n|---|---|---|")
     for phase in sorted(laps["plain"], key=PHASES.index):
         row = [statistics.median(laps[who][phase]) for who in pair]
-        print(f"| {phase} | " + " | ".join(f"{value:.3f}" for value in row) + " |")
+        print(f"| {phase} | " + " | ".join(f"{value:.4f}" for value in row) + " |")
     share = {who: flops[who] / speed / statistics.median(laps[who]["whole"]) for who in pair}
     print(f"| GFLOP counted | {flops['plain'] / 1e9:.0f} | {flops['ours'] / 1e9:.0f} |")
     print(f"| share of the limit | {share['plain']:.0%} | {share['ours']:.0%} |")
@@ -357,14 +384,17 @@ def peak_alone(who: str, args: Arguments) -> None:
             parameter.grad = torch.zeros_like(parameter)
     step.optimizer.step()
     step.optimizer.zero_grad(set_to_none=False)
-    before = peak()
+    before = peak(args.device)
     for _ in range(2):
-        take(step, args.precisions[0], {})
-    print(peak(), peak() - before)
+        take(step, args.precisions[0], args.device)
+    print(peak(args.device), peak(args.device) - before)
 
 
-def peak() -> float:
-    """MiB. Not by getrusage, whose figure a process inherits from the one that started it."""
+def peak(device: str) -> float:
+    """MiB of this process, or of its tensors on a GPU."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated() / 2**20
+    # not by getrusage, whose figure a process inherits from the one that started it
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) / 1024
 
@@ -400,7 +430,7 @@ def compare_checkpointing(precision: str, args: Arguments) -> None:
     seconds = {name: [] for name in pair}
     for _ in range(args.rounds + 1):  # the first to warm up
         for name, step in pair.items():
-            seconds[name].append(sum(take(step, precision, {}).values()))
+            seconds[name].append(seconds_of(step, precision, args.device))
     slower = statistics.median(np.divide(seconds["checkpointed"][1:], seconds["ours"][1:]))
     (kept, kept_added), (again, again_added) = peaks_of(tuple(pair), precision, args)
     print(
@@ -414,7 +444,9 @@ def main() -> None:
     """Measures and prints."""
     (args,) = HfArgumentParser(Arguments, description=__doc__).parse_args_into_dataclasses()
     torch.set_num_threads(args.threads)
-    bfloat16_products_are_slow()  # measured now: its own products aren't the step's
+    torch.backends.cudnn.allow_tf32 = False  # float32 is compared as such
+    if args.device == "cpu":
+        bfloat16_products_are_slow()  # measured now: its own products aren't the step's
     if args.only:
         peak_alone(args.only, args)
         return

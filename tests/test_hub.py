@@ -36,7 +36,13 @@ SIZES = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "i
 HEADS = {"num_cls_prototypes": 16, "num_patch_prototypes": 8, "projection_hidden_size": 16}
 CONFIG = {**SIZES, **HEADS, "projection_bottleneck_size": 8, "image_size": [32, 16], "num_labels": 4}
 FILES = {"README.md", "config.json", "preprocessor_config.json", "model.safetensors"}
-CODE = {"configuration_personvit.py", "linear.py", "modeling_personvit.py", "image_processing_personvit.py"}
+CODE = {
+    "configuration_personvit.py",
+    "linear.py",
+    "losses.py",
+    "modeling_personvit.py",
+    "image_processing_personvit.py",
+}
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ HUB_FILES = {
     "configuration_personvit.py",
     "image_processing_personvit.py",
     "linear.py",
+    "losses.py",
     "modeling_personvit.py",
     "modeling_personvit_pretraining.py",
 }

@@ -358,19 +358,18 @@ def test_drop_path_drops_whole_layers_of_images_in_training_only():
 
 @pytest.mark.parametrize("rate", [0.3, 0.999])
 def test_drop_path_skips_what_multiplying_by_zero_would_drop(rate):
-    layer, gradients = tiny_model(drop_path_rate=rate).train().layers[-1], []
+    layer, gradients = tiny_model().train().layers[-1], []
     inputs = torch.randn(6, 5, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
 
     torch.manual_seed(0)
-    output = layer(inputs)
+    first, second = scales = (torch.rand(2, 6, 1, 1) >= rate) / (1 - rate)
+    assert rate > 0.9 or 0 < first.count_nonzero() < 6
+    output = layer(inputs, scales=scales)
     output.square().sum().backward()
     gradients.append([inputs.grad, *(weight.grad for weight in layer.parameters())])
     inputs.grad = None
     layer.zero_grad()
 
-    torch.manual_seed(0)
-    first, second = ((torch.rand(6) >= rate)[:, None, None] / (1 - rate) for _ in range(2))
-    assert rate > 0.9 or 0 < first.count_nonzero() < 6
     expected = inputs + first * layer.attention(layer.layernorm_before(inputs))[0]
     expected = expected + second * layer.mlp(layer.layernorm_after(expected))
     assert_within(1e-5, output, expected)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from functools import partial
 
 import pytest
@@ -21,8 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModel, AutoModelForPreTraining
 
-from personvit_hf import PersonViTForPreTraining, PersonViTForReID, PersonViTModel
-from personvit_hf.modeling_personvit_pretraining import koleo_loss
+from personvit_hf import PersonViTForPreTraining, PersonViTForReID, PersonViTModel, losses
+from personvit_hf.losses import koleo_loss
+from personvit_hf.modeling_personvit_pretraining import packed_passes
 from personvit_hf.schedules import clip_gradients_per_parameter, pretraining_parameter_groups
 
 TOLERANCE = 1e-5  # what README.md beside the fixtures states for all of these
@@ -275,10 +275,9 @@ def test_views_and_masks_may_be_left_out():
 
 @pytest.mark.parametrize("max_logits", [1, 100])  # one image or patch at a time, and a few
 def test_losses_in_chunks_are_the_same(monkeypatch, max_logits):
-    module = sys.modules[PersonViTForPreTraining.__module__]
     results = []
-    for limit in (module.MAX_LOGITS, max_logits):
-        monkeypatch.setattr(module, "MAX_LOGITS", limit)
+    for limit in (losses.MAX_LOGITS, max_logits):
+        monkeypatch.setattr(losses, "MAX_LOGITS", limit)
         model = tiny_model().train()
         output = model(**views())
         output.loss.backward()
@@ -289,13 +288,12 @@ def test_losses_in_chunks_are_the_same(monkeypatch, max_logits):
 
 def test_no_more_logits_are_kept_than_a_chunk_has(monkeypatch):
     """Of what the backward pass keeps, nothing has a row for each masked patch and a column for each prototype."""
-    module = sys.modules[PersonViTForPreTraining.__module__]
     masked, kept = int(views()["bool_masked_pos"].sum()), []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
         tiny_model().train()(**views())
         assert (masked, 16) in kept
         kept.clear()
-        monkeypatch.setattr(module, "MAX_LOGITS", 64)
+        monkeypatch.setattr(losses, "MAX_LOGITS", 64)
         tiny_model().train()(**views())
         assert kept and (masked, 16) not in kept
 
@@ -531,3 +529,35 @@ def test_student_and_teacher_start_equal_whatever_is_loaded(tmp_path, cls):
 def test_bad_input_is_rejected_by_name(change, message):
     with pytest.raises(ValueError, match=message):
         tiny_model()(**views() | change)
+
+
+@pytest.mark.parametrize("settings", [{}, {"student_sees_unmasked_global": True, "num_part_tokens": 2, "stem": "ics"}])
+def test_packed_passes_give_what_one_after_the_other_gives(monkeypatch, settings):
+    results = []
+    for packed in (False, True):
+        model = tiny_model(**settings).train()
+        if packed:  # as on a GPU
+            monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+            monkeypatch.setattr(model.student, "forward", None)
+        output = model(**views())
+        output.loss.backward()
+        gradients = {name: value.grad for name, value in model.student.named_parameters()}
+        results.append((output.dino_loss, output.mim_loss, gradients))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
+
+
+def test_packed_passes_drop_layers_by_image():
+    model, seen = tiny_model(drop_path_rate=1.0, num_hidden_layers=3).train(), []
+    for layer in model.student.layers[1:]:
+        layer.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0] == output).all(-1)))
+    with torch.no_grad():
+        passes = [{"pixel_values": torch.randn(40, 3, *size)} for size in ((32, 32), (16, 16))]
+        first, second = packed_passes(model.student, passes)
+    packed, last_of_first, last_of_second = seen
+    assert last_of_first.all() and last_of_second.all()  # at a rate of 1
+    tokens = first.last_hidden_state.shape[1], second.last_hidden_state.shape[1]
+    assert packed.shape == (1, 40 * sum(tokens))
+    for images in packed[0].split([40 * number for number in tokens]):
+        of_image = images.unflatten(0, (40, -1))
+        assert torch.equal(of_image.any(1), of_image.all(1))  # all tokens of an image, or none
+        assert 0 < of_image.all(1).sum() < 30  # at a rate of 0.5, and both branches

@@ -55,7 +55,8 @@ def make_accelerator(
     return Accelerator(
         mixed_precision=mixed_precision,
         gradient_accumulation_steps=gradient_accumulation_steps,
-        dataloader_config=DataLoaderConfiguration(even_batches=False),
+        # batches in pinned memory reach a GPU while it is still busy with the step before
+        dataloader_config=DataLoaderConfiguration(even_batches=False, non_blocking=torch.cuda.is_available()),
         log_with=report_to.split(",") if report_to else None,
         project_dir=output_dir,
         deepspeed_plugin=deepspeed,

@@ -1,11 +1,11 @@
 """PersonViT: the backbone, and its head for person re-identification."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
-from torchvision.ops import stochastic_depth
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.loss.loss_utils import ForSequenceClassificationLoss
@@ -19,6 +19,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_personvit import PersonViTConfig
 from .linear import PersonViTLinear
+from .losses import batch_hard_triplet_loss
 
 
 def interpolate_position_embeddings(
@@ -193,7 +194,7 @@ def check_ids(name: str, ids: torch.Tensor, batch_size: int, count: int, setting
         raise ValueError(f"`{name}` must be (batch,) = ({batch_size},), got {tuple(ids.shape)}.")
     if torch.compiler.is_compiling() or ids.numel() == 0:
         return
-    low, high = ids.min().item(), ids.max().item()
+    low, high = torch.stack(torch.aminmax(ids)).tolist()  # a GPU is waited for once
     if low < 0 or high >= count:
         raise ValueError(
             f"`{name}` must lie in [0, {count - 1}] since `{setting}` is {count}, got values from {low} to {high}."
@@ -221,7 +222,10 @@ def eager_attention_forward(
 
 
 class PersonViTAttention(nn.Module):
-    """Multi-head self-attention through transformers' attention interface."""
+    """Multi-head self-attention through transformers' attention interface.
+
+    `sizes` are the (images, tokens) of several batches whose tokens come in one sequence, (1, all tokens, hidden).
+    """
 
     def __init__(self, config: PersonViTConfig):
         super().__init__()
@@ -234,21 +238,35 @@ class PersonViTAttention(nn.Module):
         self.o_proj = PersonViTLinear(config.hidden_size, config.hidden_size)
 
     def forward(
-        self, hidden_states: torch.Tensor, num_queries: int | None = None, **kwargs: Unpack[TransformersKwargs]
+        self,
+        hidden_states: torch.Tensor,
+        num_queries: int | None = None,
+        sizes: Sequence[tuple[int, int]] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        # (batch, tokens, 3 * hidden) to three times (batch, heads, tokens, head size); chunks are joined again with
-        # one copy in the backward pass
+        projected = self.qkv_proj(hidden_states)
+        if sizes is None:
+            output, weights = self.attend(projected, num_queries, **kwargs)
+            return self.o_proj(output), weights
+        batches = projected.squeeze(0).split([images * tokens for images, tokens in sizes])
+        each = zip(batches, sizes, strict=True)
+        outputs = [self.attend(batch.unflatten(0, size), **kwargs)[0].flatten(0, 1) for batch, size in each]
+        return self.o_proj(torch.cat(outputs).unsqueeze(0)), None
+
+    def attend(
+        self, projected: torch.Tensor, num_queries: int | None = None, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention within each image: (batch, tokens, 3 * hidden) to (batch, queries, hidden), and weights."""
+        # to three times (batch, heads, tokens, head size); chunks are joined again with one copy in the backward pass
         query, key, value = (
-            part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for part in self.qkv_proj(hidden_states).chunk(3, dim=-1)
+            part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in projected.chunk(3, dim=-1)
         )
         query = query[:, :, :num_queries]
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        kind = self.config._attn_implementation
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(kind, eager_attention_forward)
         dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
         output, weights = attention(self, query, key, value, None, dropout=dropout, scaling=self.scaling, **kwargs)
-        return self.o_proj(output.flatten(-2)), weights
+        return output.flatten(-2), weights
 
 
 class PersonViTMLP(nn.Module):
@@ -277,38 +295,38 @@ class PersonViTLayer(GradientCheckpointingLayer):
         self.drop_path_rate = drop_path_rate
 
     def forward(
-        self, hidden_states: torch.Tensor, num_outputs: int | None = None, **kwargs: Unpack[TransformersKwargs]
+        self,
+        hidden_states: torch.Tensor,
+        num_outputs: int | None = None,
+        scales: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        """(batch, tokens, hidden) to the same, or to its first `num_outputs` tokens."""
+        """(batch, tokens, hidden) to the same, or to its first `num_outputs` tokens.
+
+        `scales`, from `draw_scales`, is what both branches are multiplied by: (2, batch, 1, 1), or (2, 1, tokens, 1).
+        """
 
         def attend(tokens: torch.Tensor) -> torch.Tensor:
             return self.attention(self.layernorm_before(tokens), num_outputs, **kwargs)[0]
 
-        hidden_states = self.add(hidden_states, attend, num_outputs)
-        return self.add(hidden_states, lambda tokens: self.mlp(self.layernorm_after(tokens)))
+        of_attention, of_mlp = (None, None) if scales is None else scales.unbind()
+        hidden_states = self.add(hidden_states, attend, of_attention, num_outputs)
+        return self.add(hidden_states, lambda tokens: self.mlp(self.layernorm_after(tokens)), of_mlp)
 
     def add(
-        self,
-        hidden_states: torch.Tensor,
-        branch: Callable[[torch.Tensor], torch.Tensor],
-        num_outputs: int | None = None,
+        self, tokens: torch.Tensor, branch: Callable, scales: torch.Tensor | None, num_outputs: int | None = None
     ) -> torch.Tensor:
-        """Adds a branch, with dropout and stochastic depth by image: what it would drop isn't computed at all."""
-        residual, rate = hidden_states[:, :num_outputs], self.drop_path_rate
-        if not self.training or not rate:
-            return residual + self.dropout(branch(hidden_states))
-        if torch.compiler.is_compiling():  # shapes that change by chance would be compiled again and again
-            return residual + stochastic_depth(self.dropout(branch(hidden_states)), rate, "row")
-        # drawn on the CPU: a GPU would have to be waited for, to know how many images are kept
-        kept = (torch.rand(len(hidden_states)) >= rate).nonzero().flatten()
-        scale = 1 / (1 - rate) if len(kept) else 0.0
-        if not len(
-            kept
-        ):  # one image then goes in for nothing, since weights without gradients stop data parallel runs
+        """Adds a branch times `scales`; on a CPU, images whose scale is 0 don't go through it."""
+        residual = tokens[:, :num_outputs]
+        # numbers of images that change by chance cost a GPU more than they spare it, and would be compiled each anew
+        if scales is None or len(scales) == 1 or not scales.is_cpu or torch.compiler.is_compiling():
+            added = self.dropout(branch(tokens))
+            return residual + (added if scales is None else added * scales.to(residual.dtype))
+        kept = scales.flatten().nonzero().flatten()
+        if not len(kept):  # one image goes in for nothing, since weights without gradients stop data parallel runs
             kept = torch.zeros(1, dtype=torch.long)
-        kept = kept.to(hidden_states.device)
-        added = self.dropout(branch(hidden_states[kept]))
-        return residual.index_add(0, kept, added.to(residual.dtype), alpha=scale)
+        added = self.dropout(branch(tokens[kept])).to(residual.dtype)
+        return residual.index_add(0, kept, added, alpha=scales.max().item())
 
 
 class PersonViTPreTrainedModel(PreTrainedModel):
@@ -357,6 +375,11 @@ class PersonViTPreTrainedModel(PreTrainedModel):
 
     def freeze(self) -> None:
         """Freezes what the model never trains: nothing, in the backbone."""
+
+    def _is_asked_for_more(self, kwargs: dict[str, Any]) -> bool:
+        """Whether hidden states or attentions are wanted, by arguments of `forward` or by the configuration."""
+        names = (f"output_{name}" for name in self._can_record_outputs)
+        return any(kwargs.get(name, getattr(self.config, name)) for name in names)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -446,43 +469,31 @@ class PersonViTModel(PersonViTPreTrainedModel):
         """
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
         hidden_states = self.embeddings(pixel_values, bool_masked_pos, camera_ids, view_ids)
-        *first_layers, last_layer = self.layers
-        for layer in first_layers:
-            hidden_states = layer(hidden_states, **kwargs)
-        hidden_states = last_layer(hidden_states, num_outputs=1 if only_cls else None, **kwargs)
+        scales = self.draw_scales(pixel_values.shape[0])
+        for layer, own in list(zip(self.layers, scales, strict=True))[:-1]:
+            hidden_states = layer(hidden_states, num_outputs=None, scales=own, **kwargs)
+        return self.finish(hidden_states, only_cls, scales[-1], **kwargs)
+
+    def draw_scales(self, num_images: int) -> torch.Tensor | list[None]:
+        """What stochastic depth multiplies both branches of each layer by, 0 or 1 / (1 - rate); Nones without it.
+
+        (layers, 2, images, 1, 1), drawn at once, as each operation on a GPU takes its time to start.
+        """
+        rates = [layer.drop_path_rate for layer in self.layers]
+        if not self.training or not any(rates):
+            return [None] * len(rates)
+        device = self.layernorm.weight.device
+        dropped = torch.tensor(rates).to(device, non_blocking=True).view(-1, 1, 1, 1, 1)
+        kept = torch.rand(len(rates), 2, num_images, 1, 1, device=device) >= dropped
+        return kept / (1 - dropped).clamp(min=torch.finfo(dropped.dtype).tiny)
+
+    def finish(
+        self, hidden_states: torch.Tensor, only_cls: bool, scales: torch.Tensor | None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """The last layer, and what `forward` returns."""
+        hidden_states = self.layers[-1](hidden_states, num_outputs=1 if only_cls else None, scales=scales, **kwargs)
         tokens = self.layernorm(hidden_states)
         return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=tokens[:, 0])
-
-
-def batch_hard_triplet_loss(
-    embeddings: torch.Tensor, labels: torch.Tensor, margin: float | None = None
-) -> torch.Tensor:
-    """Triplet loss with each anchor's farthest positive and nearest negative in the batch.
-
-    Args:
-        embeddings: float (batch, hidden).
-        labels: int (batch,), the person of each embedding.
-        margin: None for the soft margin log(1 + exp(positive - negative)), else max(0, positive - negative + margin).
-
-    Returns:
-        Scalar, the mean over anchors. The anchor counts among its own positives (distance about 0).
-
-    Source:
-        Hermans et al., arXiv 1703.07737, batch hard; distances are sqrt(max(squared, 1e-12)) as in PersonViT's
-        `transreid_pytorch/loss/triplet_loss.py`, which this equals when every person has equally many images.
-    """
-    embeddings = embeddings.float() if embeddings.dtype in (torch.float16, torch.bfloat16) else embeddings
-    squared_norms = embeddings.square().sum(1)
-    with torch.autocast(embeddings.device.type, enabled=False):
-        products = embeddings @ embeddings.T
-    squared = squared_norms[:, None] + squared_norms[None, :] - 2 * products
-    distances = squared.clamp(min=1e-12).sqrt()
-    same = labels[:, None] == labels[None, :]
-    hardest_positive = distances.masked_fill(~same, 0.0).amax(1)
-    hardest_negative = distances.masked_fill(same, torch.inf).amin(1)
-    if margin is None:
-        return nn.functional.softplus(hardest_positive - hardest_negative).mean()
-    return (hardest_positive - hardest_negative + margin).clamp(min=0).mean()
 
 
 @dataclass
@@ -559,8 +570,7 @@ class PersonViTForReID(PersonViTPreTrainedModel):
             ValueError: if a label is out of range, or the backbone refuses its input.
         """
         if self.training:  # not in evaluation, where features equal the backbone's own to the last bit
-            inner = (f"output_{name}" for name in self._can_record_outputs)
-            kwargs.setdefault("only_cls", not any(kwargs.get(name, getattr(self.config, name)) for name in inner))
+            kwargs.setdefault("only_cls", not self._is_asked_for_more(kwargs))
         outputs = self.personvit(pixel_values, camera_ids=camera_ids, view_ids=view_ids, **kwargs)
         feature = outputs.pooler_output
         normalized = self.bottleneck(feature)

@@ -1,25 +1,31 @@
 """PersonViT's pre-training: student, teacher, projection heads, and the DINO and MIM losses."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_personvit import PersonViTConfig
 from .linear import PersonViTLinear
+from .losses import (
+    at_least_float32,
+    dino_loss,
+    koleo_loss,
+    masked_patch_weights,
+    mim_loss,
+    student_log_probabilities,
+    sum_of_chunks,
+    teacher_probabilities,
+)
 from .modeling_personvit import PersonViTModel, PersonViTPreTrainedModel
-
-# Logits that are held at a time for each loss: 32 MiB in float32. More are made in chunks, and made again in the
-# backward pass.
-MAX_LOGITS = 2**23
 
 
 class PersonViTPrototypes(nn.Module):
@@ -76,110 +82,6 @@ class PersonViTProjectionHead(nn.Module):
         return [parameter for module in modules for parameter in module.parameters()]
 
 
-def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in float32, or as it is where it is wider: losses and means are not taken in half precision."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def teacher_probabilities(logits: torch.Tensor, center: torch.Tensor, temperature: float) -> torch.Tensor:
-    """softmax((logits - center) / temperature) over the last axis, in at least float32 (iBOT, eq. 1; DINO, eq. 1)."""
-    return (at_least_float32(logits) - center).div(temperature).softmax(-1)
-
-
-def student_log_probabilities(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """log softmax(logits / temperature) over the last axis, in at least float32."""
-    return at_least_float32(logits).div(temperature).log_softmax(-1)
-
-
-def dino_loss(student: torch.Tensor, teacher: torch.Tensor, num_student_global: int = 2) -> torch.Tensor:
-    """Cross-entropy of every student view with the teacher's other global views.
-
-    Args:
-        student: float (batch, S, prototypes), log probabilities: `num_student_global` global views, the teacher's
-            two in turn (0, 1, 0, 1, ...), then the local views.
-        teacher: float (batch, 2, prototypes), probabilities of the two global views.
-        num_student_global: How many of the S views are global; a multiple of 2.
-
-    Returns:
-        Scalar in nats: the mean over the batch and over the pairs (teacher view, student view) of different views.
-
-    Source:
-        iBOT `main_ibot.py`, `iBOTLoss`, and DINO (arXiv 2104.14294), eq. 3.
-    """
-    student_global, student_local = student.split([num_student_global, student.shape[1] - num_student_global], dim=1)
-    other_view = teacher.flip(1).repeat(1, num_student_global // 2, 1)
-    total = -(other_view * student_global).sum()
-    # both teacher views are other views of a local crop, so their sum meets each crop once
-    total = total - (teacher.sum(1, keepdim=True) * student_local).sum()
-    num_pairs = num_student_global + 2 * student_local.shape[1]
-    return total / (num_pairs * student.shape[0])
-
-
-def mim_loss(student: torch.Tensor, teacher: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of masked patches with the teacher's view of them.
-
-    Args:
-        student: float (masked, prototypes), log probabilities of the masked patches only.
-        teacher: float (masked, prototypes), probabilities of the same patches.
-        weights: float (masked,), what each counts: see `masked_patch_weights`.
-
-    Returns:
-        Scalar in nats, the weighted sum.
-
-    Source:
-        iBOT `main_ibot.py`, `iBOTLoss` (arXiv 2111.07832, eq. 2).
-    """
-    return -((teacher * student).sum(-1) * weights).sum()
-
-
-def masked_patch_weights(bool_masked_pos: torch.Tensor, num_masked: int, dtype: torch.dtype) -> torch.Tensor:
-    """What each masked patch counts, (masked,): 1 / images together for the patches of an image.
-
-    Args:
-        bool_masked_pos: bool (images, patches); its True entries, row by row, are the masked patches.
-        num_masked: How many entries are True.
-        dtype: Of the weights.
-    """
-    masked_in_image = bool_masked_pos.sum(1)
-    weights = masked_in_image.clamp(min=1).to(dtype).reciprocal() / bool_masked_pos.shape[0]
-    return weights.repeat_interleave(masked_in_image, output_size=num_masked)
-
-
-def sum_of_chunks(
-    function: Callable[..., torch.Tensor], tensors: tuple[torch.Tensor, ...], num_logits: int
-) -> torch.Tensor:
-    """`function(*tensors)`, a sum over rows that holds `num_logits` logits, in parts of at most `MAX_LOGITS` each."""
-    num_chunks = -(-num_logits // MAX_LOGITS)
-    if num_chunks <= 1:
-        return function(*tensors)
-    rows = -(-len(tensors[0]) // num_chunks)
-    chunks = zip(*(tensor.split(rows) for tensor in tensors), strict=True)
-    return torch.stack([checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks]).sum()
-
-
-def koleo_loss(cls_tokens: torch.Tensor) -> torch.Tensor:
-    """Minus the mean log distance of each image's [CLS] feature to its nearest other one: it spreads features out.
-
-    Args:
-        cls_tokens: float (batch, views, hidden), of at least 2 images; each view is a set of its own.
-
-    Returns:
-        Scalar, the mean over images and views. Distances are Euclidean, between L2-normalised features.
-
-    Source:
-        Sablayrolles et al., arXiv 1806.03198, eq. 2 (Kozachenko-Leonenko estimator of entropy); DINOv2 (arXiv
-        2304.07193, sec. 4), which adds up the two views: its weight of 0.1 is one of 0.2 here.
-    """
-    with torch.autocast(cls_tokens.device.type, enabled=False):
-        features = nn.functional.normalize(at_least_float32(cls_tokens).transpose(0, 1), dim=-1)
-        with torch.no_grad():  # which one is nearest needs no gradient, only how far it is
-            similarities = features @ features.mT
-            similarities.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
-            nearest = similarities.argmax(-1, keepdim=True).expand_as(features)
-        distances = nn.functional.pairwise_distance(features, features.gather(1, nearest), eps=1e-8)
-    return -(distances + 1e-8).log().mean()
-
-
 def _own_parts(parameter: nn.Parameter) -> list[torch.Tensor]:
     """What this process holds of a parameter: all of it, or its shard under FSDP2 (a DTensor) or DeepSpeed's ZeRO-3.
 
@@ -188,6 +90,37 @@ def _own_parts(parameter: nn.Parameter) -> list[torch.Tensor]:
     if hasattr(parameter, "ds_tensor"):
         return [parameter.ds_tensor] + [parameter.data] * (parameter.numel() == parameter.ds_numel)
     return [parameter.to_local() if hasattr(parameter, "to_local") else parameter]
+
+
+def packed_passes(backbone: PersonViTModel, passes: Sequence[dict[str, Any]]) -> list[BaseModelOutputWithPooling]:
+    """Several forward passes in one, of images that may differ in size: fewer and larger operations for a GPU.
+
+    All layers but the last, of which a pass may need little, see the tokens of all images in one sequence; attention
+    stays within an image.
+
+    Args:
+        backbone: What they all go through.
+        passes: For each its `pixel_values` and, where wanted, `bool_masked_pos` and `only_cls`.
+
+    Returns:
+        What `backbone(**arguments)` gives for each, without hidden states and attentions.
+    """
+    dtype = backbone.embeddings.patch_embeddings.projection.weight.dtype
+    embedded = [backbone.embeddings(one["pixel_values"].to(dtype), one.get("bool_masked_pos")) for one in passes]
+    sizes = [(tokens.shape[0], tokens.shape[1]) for tokens in embedded]
+    scales = [backbone.draw_scales(images) for images, _ in sizes]
+    of_tokens = scales[0]
+    if isinstance(of_tokens, torch.Tensor):  # (layers, 2, images, 1, 1) each, to (layers, 2, 1, all tokens, 1)
+        expanded = [own.expand(-1, -1, -1, size[1], -1).flatten(2, 3) for own, size in zip(scales, sizes, strict=True)]
+        of_tokens = torch.cat(expanded, dim=2).unsqueeze(2)
+    packed = torch.cat([tokens.flatten(0, 1) for tokens in embedded]).unsqueeze(0)
+    for layer, own in list(zip(backbone.layers, of_tokens, strict=True))[:-1]:
+        packed = layer(packed, num_outputs=None, scales=own, sizes=sizes)
+    parts = packed.squeeze(0).split([images * tokens for images, tokens in sizes])
+    return [
+        backbone.finish(part.unflatten(0, size), one.get("only_cls", False), own[-1])
+        for part, size, one, own in zip(parts, sizes, passes, scales, strict=True)
+    ]
 
 
 @dataclass
@@ -376,15 +309,16 @@ class PersonViTForPreTraining(PersonViTPreTrainedModel):
         self._check_views(global_pixel_values, local_pixel_values, bool_masked_pos)
         views = global_pixel_values.flatten(0, 1)
         masks = self._masks(views, bool_masked_pos)
+        masked_patches = masks.flatten().nonzero().flatten()  # now, as a GPU must be waited for
         first_patch = 1 + self.config.num_part_tokens
         with torch.no_grad():
             teacher = self.teacher_head.project(self.personvit(views).last_hidden_state)
-        masked = self.student(views, bool_masked_pos=masks, **kwargs)
-        cls_tokens, num_student_global = self._student_cls_tokens(masked.pooler_output, views, local_pixel_values)
+        masked, cls_tokens, num_student_global = self._student(views, masks, local_pixel_values, **kwargs)
         # what the losses compare: [CLS] (batch, views, bottleneck), patches (masked, bottleneck)
         student_cls, teacher_cls = self.student_head.project(cls_tokens), teacher[:, 0].unflatten(0, (-1, 2))
-        student_patches = self.student_head.project(masked.last_hidden_state[:, first_patch:][masks])
-        teacher_patches = teacher[:, first_patch:][masks]
+        patches = masked.last_hidden_state[:, first_patch:].flatten(0, 1)
+        student_patches = self.student_head.project(patches.index_select(0, masked_patches))
+        teacher_patches = teacher[:, first_patch:].flatten(0, 1).index_select(0, masked_patches)
 
         cls_loss = self._dino_loss(student_cls, teacher_cls, num_student_global, teacher_temperature)
         patch_loss = self._mim_loss(student_patches, teacher_patches, masks, teacher_patch_temperature)
@@ -453,18 +387,24 @@ class PersonViTForPreTraining(PersonViTPreTrainedModel):
         rows, columns = self.config.patch_grid(*views.shape[-2:])
         return torch.zeros(len(views), rows * columns, dtype=torch.bool, device=views.device)
 
-    def _student_cls_tokens(
-        self, masked: torch.Tensor, views: torch.Tensor, local_pixel_values: torch.Tensor | None
-    ) -> tuple[torch.Tensor, int]:
-        """[CLS] tokens of all student views, (batch, S, hidden) with global ones first, and the number of these."""
-        tokens = [masked.unflatten(0, (-1, 2))]
+    def _student(
+        self, views: torch.Tensor, masks: torch.Tensor, local_pixel_values: torch.Tensor | None, **kwargs: Any
+    ) -> tuple[BaseModelOutputWithPooling, torch.Tensor, int]:
+        """The student's output for the masked views; [CLS] tokens of all views, (batch, S, hidden) with global ones
+        first, and the number of these."""
+        passes = [{"pixel_values": views, "bool_masked_pos": masks}]
         if self.config.student_sees_unmasked_global:
-            tokens.append(self.student(views, only_cls=True).pooler_output.unflatten(0, (-1, 2)))
-        num_global = 2 * len(tokens)
+            passes.append({"pixel_values": views, "only_cls": True})
+        num_global = 2 * len(passes)
         if local_pixel_values is not None and local_pixel_values.shape[1] > 0:
-            local = self.student(local_pixel_values.flatten(0, 1), only_cls=True).pooler_output
-            tokens.append(local.unflatten(0, local_pixel_values.shape[:2]))
-        return torch.cat(tokens, dim=1), num_global
+            passes.append({"pixel_values": local_pixel_values.flatten(0, 1), "only_cls": True})
+        if views.is_cuda and not kwargs and not self._is_asked_for_more(kwargs):
+            outputs = packed_passes(self.student, passes)
+        else:
+            first, *others = passes
+            outputs = [self.student(**first, **kwargs), *(self.student(**other) for other in others)]
+        tokens = [output.pooler_output.unflatten(0, (len(views) // 2, -1)) for output in outputs]
+        return outputs[0], torch.cat(tokens, dim=1), num_global
 
     def _check_views(
         self,

@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 
-from .modeling_personvit_pretraining import PersonViTForPreTraining, teacher_probabilities
+from .losses import teacher_probabilities
+from .modeling_personvit_pretraining import PersonViTForPreTraining
 
 logger = logging.getLogger(__name__)
 
