@@ -1,6 +1,6 @@
 """What pre-training at scale takes: memory, steps, data rate, disk and GPU-hours; docs/scaling.md explains the tables.
 
-Nothing here runs on a GPU. Parameters are counted on the meta device, floating point operations of one step by
+Nothing here needs a GPU. Parameters are counted on the meta device, floating point operations of one step by
 PyTorch's counter, and what the forward pass keeps for the backward pass by hooks, in bf16 on the CPU with a few
 images. The rest is arithmetic on these three and on the assumptions that are flags.
 
@@ -46,7 +46,7 @@ class Arguments:
     image_kib: float = field(default=10.0, metadata={"help": "Assumed mean size of an encoded image, in KiB."})
     images_per_step: int = field(default=1024, metadata={"help": "Images of an optimizer step, over all GPUs."})
     gpus: list[int] = field(default_factory=lambda: [8, 64], metadata={"help": "Numbers of GPUs."})
-    utilisation: float = field(default=0.3, metadata={"help": "Assumed share of the GPU's peak that is reached."})
+    utilisation: float = field(default=0.26, metadata={"help": "Share of the GPU's peak that is reached."})
     images_per_core: float = field(default=489.0, metadata={"help": "Images/s of a core, by benchmarks/data.py."})
     measured_images: int = field(default=4, metadata={"help": "Images of the pass that is measured on the CPU."})
 
@@ -124,17 +124,22 @@ def pixels_per_image(settings: PretrainArguments) -> int:
     return 3 * (2 * math.prod(settings.image_size) + settings.num_local_crops * math.prod(settings.local_size))
 
 
-def batch_bytes(settings: PretrainArguments, cost: StepCost, trained: int, batch_size: int) -> dict[str, float]:
+def batch_bytes(
+    settings: PretrainArguments, config: PersonViTConfig, cost: StepCost, trained: int, batch_size: int
+) -> dict[str, float]:
     """Bytes on each GPU of a step with `batch_size` images.
 
-    What the forward pass keeps (scaled up), crops in uint8 and float32, bf16 copies of the weights, and a chunk of the
-    losses' logits.
+    What the forward pass keeps (scaled up), crops in uint8 and float32, bf16 copies of the weights, and the logits of
+    the larger loss, or a chunk of them.
     """
+    cls_rows = batch_size * (2 + settings.num_local_crops)
+    patch_rows = batch_size * 2 * math.prod(config.patch_grid(*settings.image_size)) * np.mean(settings.mask_ratios)
+    logits = max(cls_rows * config.num_cls_prototypes, patch_rows * config.num_patch_prototypes)
     return {
         "activations": cost.kept_bytes * batch_size,
         "crops": 5.0 * pixels_per_image(settings) * batch_size,
         "bf16 weights": 2.0 * trained,
-        "logits": float(BYTES_PER_LOGIT * losses.MAX_LOGITS_ON_GPU),
+        "logits": float(BYTES_PER_LOGIT * min(logits, losses.MAX_LOGITS_ON_GPU)),
     }
 
 
@@ -218,7 +223,9 @@ def gib(value: float) -> str:
     return f"{value / GIB:.2f}"
 
 
-def print_memory(args: Arguments, settings: PretrainArguments, sizes: Sizes, cost: StepCost) -> None:
+def print_memory(
+    args: Arguments, settings: PretrainArguments, config: PersonViTConfig, sizes: Sizes, cost: StepCost
+) -> None:
     rows = []
     for layout in LAYOUTS:
         for gpus in args.gpus:
@@ -228,7 +235,7 @@ def print_memory(args: Arguments, settings: PretrainArguments, sizes: Sizes, cos
     print_table(["GiB on each GPU", "GPUs", *parts, "together"], rows)
     rows = []
     for batch_size in (16, 32, 64, 128, 256):
-        parts = batch_bytes(settings, cost, sizes.trained, batch_size)
+        parts = batch_bytes(settings, config, cost, sizes.trained, batch_size)
         rows.append([str(batch_size), *map(gib, parts.values()), gib(sum(parts.values()))])
     print_table(["images a GPU", *(f"{name}, GiB" for name in parts), "together"], rows)
 
@@ -288,9 +295,9 @@ def main() -> None:
     print(
         f"ViT {args.preset}: {sizes.trained / 1e6:.1f} M trained parameters, {sizes.frozen / 1e6:.1f} M frozen; "
         f"an image takes {cost.flops / 1e9:.0f} GFLOP a step and keeps {cost.kept_bytes / 2**20:.0f} MiB; "
-        f"{cost.flops * args.images * settings.epochs:.2e} FLOP in all, {args.utilisation:.0%} of the peak assumed"
+        f"{cost.flops * args.images * settings.epochs:.2e} FLOP in all, at {args.utilisation:.0%} of the peak"
     )
-    print_memory(args, settings, sizes, cost)
+    print_memory(args, settings, config, sizes, cost)
     kept = measure_kept(settings, config, args.measured_images, checkpointed=True)
     print(f"\nWith `--gradient_checkpointing` an image keeps {kept / 2**20:.0f} MiB.")
     print_runs(args, settings, sizes, cost)

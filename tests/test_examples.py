@@ -547,14 +547,16 @@ def assert_same_training(first: Path, second: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("regional", ["False", "True"])
 @pytest.mark.parametrize("script", ["pretrain.py", "finetune.py"])
-def test_a_compiled_run_saves_what_any_run_resumes_from(people, tmp_path, monkeypatch, script):
+def test_a_compiled_run_saves_what_any_run_resumes_from(people, tmp_path, monkeypatch, script, regional):
     settings = {
         "pretrain.py": PRETRAIN | {"data": people / "unlabelled"},
         "finetune.py": FINETUNE | {"data": people / "market", "config_overrides": PRETRAIN["config_overrides"]},
     }[script] | {"drop_path_rate": 0.0, "epochs": 1, "save_epochs": 1}
     run(script, output_dir=tmp_path / "plain", **settings)
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")  # as `accelerate launch --dynamo_backend` sets it
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", regional)
     run(script, output_dir=tmp_path / "compiled", **settings)
     monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND")
     torch.compiler.reset()
