@@ -27,7 +27,7 @@ def embeddings(kind):
 def test_blocks_are_within_the_tolerance(metric, kind, on):
     pairs = EmbeddingDistances.of(*embeddings(kind), metric)
     # tensors take the way of those on a GPU
-    pairs = replace(pairs, query=on(pairs.query), gallery=on(pairs.gallery))
+    pairs = replace(pairs, factors=(on(pairs.query), on(pairs.gallery)))
     queries = np.arange(3, 17)
     exact = np.stack([pairs.exact(query, np.arange(300)) for query in queries])
     for columns in (slice(0, 300), np.arange(0, 300, 3)):

@@ -49,8 +49,10 @@ class EmbeddingDistances:
     """Distances computed when they are asked for: whole blocks fast, with a bounded error, single ones exactly.
 
     Attributes:
-        query: (queries, dim) floating point, an array, memory map or CUDA tensor.
+        query: (queries, dim) floating point, an array or memory map.
         gallery: (gallery, dim), the same.
+        factors: The two as whole blocks are multiplied: CUDA tensors, if they came as such. What is picked out of
+            them one by one comes from main memory: a GPU would take longer to be asked than to answer.
         metric: As in `pairwise_distances`, whose values `exact` gives.
         query_norms: (queries,) float64 lengths.
         gallery_norms: (gallery,) float64 lengths.
@@ -59,6 +61,7 @@ class EmbeddingDistances:
 
     query: Any
     gallery: Any
+    factors: tuple[Any, Any]
     metric: Metric
     query_norms: np.ndarray
     gallery_norms: np.ndarray
@@ -79,13 +82,15 @@ class EmbeddingDistances:
                 f"`query_embeddings` and `gallery_embeddings` must have equal width, got {query.shape[1]} and "
                 f"{gallery.shape[1]}."
             )
-        if getattr(query, "device", None) != getattr(gallery, "device", None):  # a GPU multiplies only what it holds
-            query, gallery = _host(query), _host(gallery)
+        factors = query, gallery
+        query, gallery = _host(query), _host(gallery)
+        if getattr(factors[0], "device", None) != getattr(factors[1], "device", None):
+            factors = query, gallery  # a GPU multiplies with what it holds alone
         query_norms = row_norms(query, "query_embeddings")
         gallery_norms = row_norms(gallery, "gallery_embeddings")
         longest = max(query_norms.max(), gallery_norms.max(), _MIN_NORM)
         unit = 1.0 if metric == "cosine" else float(longest) ** 2
-        return cls(query, gallery, metric, query_norms, gallery_norms, unit)
+        return cls(query, gallery, factors, metric, query_norms, gallery_norms, unit)
 
     @property
     def width(self) -> int:
@@ -116,15 +121,15 @@ class EmbeddingDistances:
     def query_block(self, queries: np.ndarray) -> Any:
         """The queries' side of the matrix product that `block` is."""
         if self.metric == "cosine":
-            return _scaled(self.query[queries], -1 / np.maximum(self.query_norms[queries], _MIN_NORM))
-        return _scaled(self.query[queries], np.full(queries.size, -2 / np.sqrt(self.unit)))
+            return _scaled(self.factors[0][queries], -1 / np.maximum(self.query_norms[queries], _MIN_NORM))
+        return _scaled(self.factors[0][queries], np.full(queries.size, -2 / np.sqrt(self.unit)))
 
     def gallery_block(self, columns: Any) -> tuple[Any, np.ndarray | None]:
         """The gallery's side: unit vectors, or vectors and their squared lengths for "euclidean"."""
         norms = self.gallery_norms[columns]
         if self.metric == "cosine":
-            return _scaled(self.gallery[columns], 1 / np.maximum(norms, _MIN_NORM)), None
-        scaled = _scaled(self.gallery[columns], np.full(norms.size, 1 / np.sqrt(self.unit)))
+            return _scaled(self.factors[1][columns], 1 / np.maximum(norms, _MIN_NORM)), None
+        scaled = _scaled(self.factors[1][columns], np.full(norms.size, 1 / np.sqrt(self.unit)))
         return scaled, (np.square(norms) / self.unit).astype(np.float32)
 
     def block(self, query_block: Any, gallery_block: tuple[Any, np.ndarray | None]) -> np.ndarray:
@@ -139,24 +144,27 @@ class EmbeddingDistances:
 
     def subset(self, queries: np.ndarray, columns: np.ndarray) -> EmbeddingDistances:
         """Distances between some queries and some gallery entries."""
-        parts = self.query[queries], self.gallery[columns], self.metric
-        return EmbeddingDistances(*parts, self.query_norms[queries], self.gallery_norms[columns], self.unit)
+        parts = factors = self.query[queries], self.gallery[columns]
+        if self.factors[0] is not self.query:
+            factors = self.factors[0][queries], self.factors[1][columns]
+        norms = self.query_norms[queries], self.gallery_norms[columns]
+        return EmbeddingDistances(*parts, factors, self.metric, *norms, self.unit)
 
     def exact(self, query: int, columns: np.ndarray) -> np.ndarray:
         """(columns,) float32 distances of one query, summed row by row in float64: alike in every call."""
-        rows = _host(self.gallery[columns]).astype(np.float64)
-        products = np.einsum("nd,d->n", rows, _host(self.query[query]).astype(np.float64))
+        rows = self.gallery[columns].astype(np.float64)
+        products = np.einsum("nd,d->n", rows, self.query[query].astype(np.float64))
         return _finished(products, self.query_norms[query], self.gallery_norms[columns], self.metric)
 
     def exact_block(self, queries: np.ndarray, columns: np.ndarray) -> np.ndarray:
         """(queries, columns) float32, as `exact` but for the order of the float64 sums; quicker for many."""
-        vectors = _host(self.query[queries]).astype(np.float64)
+        vectors = self.query[queries].astype(np.float64)
         norms = self.query_norms[queries, None]
         distances = np.empty((queries.size, columns.size), np.float32)
         step = max(1, _COPY_ELEMENTS // max(self.width, queries.size))
         for start in range(0, columns.size, step):
             part = columns[start : start + step]
-            products = vectors @ _host(self.gallery[part]).astype(np.float64).T
+            products = vectors @ self.gallery[part].astype(np.float64).T
             distances[:, start : start + step] = _finished(products, norms, self.gallery_norms[part], self.metric)
         return distances
 
