@@ -53,6 +53,7 @@ from personvit_hf.scripting import (
     require_finite,
     score,
 )
+from personvit_hf.streaming import skip_batches
 from personvit_hf.watching import Pace, add_mean, mean_over_processes
 
 
@@ -328,9 +329,9 @@ def train_epoch(run: Run, epoch: int, bar: tqdm) -> None:
     args, accelerator, plan, progress = run.args, run.accelerator, run.plan, run.progress
     run.dataloader.set_epoch(epoch)
     set_learning_rates(run.optimizer, epoch, args)
-    done = progress.samples // plan.images_per_batch
+    batches = skip_batches(accelerator, run.dataloader, epoch, progress.samples // plan.images_per_batch)
     figures, last = {}, {}  # of the step under way, and of the last one
-    for batch in run.pace.timed(accelerator.skip_first_batches(run.dataloader, done) if done else run.dataloader):
+    for batch in run.pace.timed(batches):
         figures = add_batch(run, figures, batch)
         progress.samples += plan.images_per_batch
         run.pace.images += plan.images_per_batch

@@ -244,4 +244,8 @@ def skip_batches(accelerator: Accelerator, loader: DataLoader, epoch: int, num_b
     if isinstance(loader.dataset, PersonStream):
         loader.dataset.set_position(epoch, num_batches)
         return loader
-    return accelerator.skip_first_batches(loader, num_batches) if num_batches else loader
+    if not num_batches:
+        return loader
+    rest = accelerator.skip_first_batches(loader, num_batches)
+    rest.set_epoch(epoch)  # a new loader, which before accelerate 1.15 would begin with the first epoch's order
+    return rest
