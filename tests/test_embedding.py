@@ -101,7 +101,7 @@ def test_low_arrays_are_not_taken_for_channels_first(model, height, kind):
     processor = kind(size={"height": 32, "width": 16})
     features = embed_images(model, processor, [Image.fromarray(array), array, content.getvalue()])
     np.testing.assert_allclose(features[1:], features[[0, 0]], atol=1e-6)
-    with pytest.raises(ValueError, match=r"image 1 must be \(height, width, 3\), got \(3, 40, 20\)"):
+    with pytest.raises(ValueError, match=r"image 1 must be \(height, width, 3\) of uint8, got \(3, 40, 20\)"):
         embed_images(model, processor, [array, np.zeros((3, 40, 20), np.uint8)])
 
 
@@ -426,3 +426,34 @@ def test_damaged_folders(model, labelled, tmp_path, damage, message):
 def test_no_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="embeddings.json"):
         read_embeddings(tmp_path)
+
+
+def test_open_pictures_are_read_as_their_files_are(model, tmp_path):
+    """16-bit grey is scaled, and the orientation of EXIF is followed."""
+    grey = np.random.default_rng(0).integers(0, 2**16, (40, 20)).astype(np.uint16)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    turned = Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 20, 3), dtype=np.uint8))
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.png", exif=exif)
+    files = [tmp_path / "grey.png", tmp_path / "turned.png"]
+    opened = [Image.open(file) for file in files]
+    assert np.array_equal(embed_images(model, PROCESSOR, opened), embed_images(model, PROCESSOR, files))
+    assert opened[1].size == (20, 40)  # the caller's own is as it was
+
+
+def test_arrays_of_other_kinds(model, arrays):
+    expected = embed_images(model, PROCESSOR, arrays[:1])
+    backwards = np.ascontiguousarray(arrays[0][..., ::-1])[..., ::-1]  # as OpenCV's channels are turned round
+    assert np.array_equal(embed_images(model, PROCESSOR, [backwards]), expected)
+    for array in (arrays[0] / 255.0, arrays[0].astype(np.uint16), arrays[0][..., 0], arrays[0].transpose(2, 0, 1)):
+        with pytest.raises(ValueError, match=r"image 0 must be \(height, width, 3\) of uint8, got"):
+            embed_images(model, PROCESSOR, [array])
+
+
+def test_an_open_picture_that_is_cut_off_is_a_broken_image(model, tmp_path):
+    content = io.BytesIO()
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 20, 3), dtype=np.uint8)).save(content, "PNG")
+    picture = Image.open(io.BytesIO(content.getvalue()[:-500]))
+    with pytest.raises(RuntimeError, match="image 0"):
+        embed_images(model, PROCESSOR, [picture])

@@ -2,6 +2,7 @@ import io
 import logging
 import os
 import pickle
+import warnings
 import zlib
 from pathlib import Path
 
@@ -331,3 +332,14 @@ def test_budget_share_out_of_range(share):
 def test_split_broken_keeps_the_order():
     bad = broken(1, 2)
     assert split_broken(["a", bad[0], (1, 2), bad[1], "b"]) == (["a", (1, 2), "b"], bad)
+
+
+def test_a_benchmarks_tree_warns_of_its_test_pictures(tmp_path):
+    for name in ("bounding_box_train", "query", "bounding_box_test"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0001_c1.png").write_bytes(picture())
+    with pytest.warns(UserWarning, match=r"test pictures in query and bounding_box_test .* Give .*bounding_box_train"):
+        assert len(load_person_images(tmp_path)) == 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(load_person_images(tmp_path / "bounding_box_train")) == 1

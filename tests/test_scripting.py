@@ -17,6 +17,7 @@ from personvit_hf import (
     PersonViTImageProcessor,
     PersonViTModel,
     evaluate_reid,
+    scripting,
 )
 from personvit_hf.scripting import (
     MetricsLog,
@@ -279,6 +280,28 @@ def test_score_ranks_the_embeddings_of_query_and_gallery():
         assert (
             score(model, processor, datasets.DatasetDict(dataset | {"gallery": gallery}), **way)["mAP"] == clean["mAP"]
         )
+
+    # few images have few neighbours, and an odd column is passed over
+    few = datasets.DatasetDict({name: dataset[name].select(range(3)) for name in dataset})
+    few["query"] = few["query"].add_column("occlusion", [[0.1], None, [0.2]])
+    assert (
+        0 < score(model, processor, few | {"gallery": dataset["gallery"].select(range(5))}, reranked=True)["mAP"] <= 1
+    )
+
+
+@pytest.mark.parametrize(
+    "values, labels",
+    [
+        ([0.0, 0.1, 0.3, 0.31], ["0", "to 0.1", "to 0.3", "over 0.3"]),
+        (np.float32([0.1, 0.3, 0.2]).tolist(), ["to 0.1", "to 0.3", "to 0.3"]),
+        ([0.0, None, math.nan, 1], ["0", "unknown", "unknown", "over 0.3"]),
+        (["none", None, "heavy"], ["none", "unknown", "heavy"]),
+        ([2, 0, 1], [2, 0, 1]),
+        ([[0.1], None], None),
+    ],
+)
+def test_occlusion_labels(values, labels):
+    assert scripting._occlusion_labels(values) == labels
 
 
 @pytest.mark.parametrize(

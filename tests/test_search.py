@@ -117,6 +117,16 @@ def test_exact_search_is_sorting(seed, size, k):
         assert len(set(row.tolist())) == min(k, size)
 
 
+@given(seed=st.integers(0, 2**32 - 1), size=st.integers(1, 40), k=st.integers(1, 50))
+def test_equal_ones_are_found_by_index(seed, size, k):
+    rng = np.random.default_rng(seed)
+    gallery = np.eye(3, dtype=np.float32)[rng.integers(0, 3, size)]  # products without rounding
+    queries = np.eye(3, dtype=np.float32)
+    indices, similarities = ExactIndex(gallery, {}).search(queries, k)
+    np.testing.assert_array_equal(indices, np.argsort(-queries @ gallery.T, axis=1, kind="stable")[:, :k])
+    np.testing.assert_array_equal(similarities, -np.sort(-queries @ gallery.T, axis=1)[:, :k])
+
+
 def test_an_index_is_kept_and_one_of_another_model_is_refused(tmp_path):
     pytest.importorskip("faiss")
     folder = gallery_folder(tmp_path)

@@ -16,6 +16,7 @@ import datasets
 import numpy as np
 import pyarrow.compute as pc
 import torch
+from PIL import Image, ImageOps
 from pyarrow import ArrowInvalid, Table, concat_tables, int64, parquet, string
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -23,7 +24,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from .person_images import BrokenImage, BrokenImageBudget, PersonImages, decode_image, split_broken
+from .person_images import BrokenImage, BrokenImageBudget, PersonImages, decode_image, rgb_pixels, split_broken
 
 SHARD_IMAGES = 4096
 logger = logging.getLogger(__name__)
@@ -48,14 +49,17 @@ class _ProcessedImages(torch.utils.data.Dataset):
         image = self.images[index]
         if isinstance(image, BrokenImage):
             return image
-        if not hasattr(image, "__array_interface__"):  # neither a numpy array nor a PIL image
-            name = str(image) if isinstance(image, str | os.PathLike) else f"image {index}"
+        name = str(image) if isinstance(image, str | os.PathLike) else f"image {index}"
+        if isinstance(image, np.ndarray):
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3, 4):
+                raise ValueError(f"{name} must be (height, width, 3) of uint8, got {image.shape} of {image.dtype}.")
+            image = np.ascontiguousarray(image)
+        else:
+            is_open = isinstance(image, Image.Image)
             try:
-                image = decode_image(image, name)
-            except ValueError as error:
-                return BrokenImage(name, str(error))
-        if isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[2] not in (1, 3, 4):
-            raise ValueError(f"image {index} must be (height, width, 3), got {image.shape}.")
+                image = rgb_pixels(ImageOps.exif_transpose(image)) if is_open else decode_image(image, name)
+            except (ValueError, OSError) as error:
+                return BrokenImage(name, f"{name}: {error}" if is_open else str(error))
         # a picture 1, 3 or 4 pixels high could be taken for one with channels first
         options = {"input_data_format": "channels_last", "return_tensors": "pt"}
         return index, self.processor(images=image, **options).pixel_values[0]

@@ -81,7 +81,8 @@ def load_person_images(
         ValueError: Nothing usable is in it; the message names the path.
 
     Warns:
-        UserWarning: Members of an archive are passed over (links, unsafe names, cut off); it counts and names them.
+        UserWarning: Members of an archive are passed over (links, unsafe names, cut off); it counts and names them. Or
+            a folder has the test pictures of a benchmark beside its training pictures.
     """
     source = resolve_source(luperson_path(name_or_path, root) if root is not None else name_or_path)
     if isinstance(source, str):
@@ -93,6 +94,7 @@ def load_person_images(
     elif source.is_dir() and any(file.endswith(".parquet") for file in walk_files(source)):
         rows = load_rows(source, config="unlabelled", split="train")
     else:
+        _warn_of_test_pictures(source)
         addresses = []
         for tree in image_trees(source):
             if isinstance(tree, TarTree) and tree.is_compressed:
@@ -110,6 +112,17 @@ def load_person_images(
         )
     columns = ["image", *(column for column in keep if column in rows.column_names)]
     return with_image_column(rows, name_or_path, decode=False).select_columns(columns)
+
+
+def _warn_of_test_pictures(folder: Path) -> None:
+    """Of a Market-1501 tree all pictures are read, and those that models are tested on should teach none."""
+    found = [name for name in ("query", "bounding_box_test") if (folder / name).is_dir()]
+    if found and (folder / "bounding_box_train").is_dir():
+        warnings.warn(
+            f"{folder}: the test pictures in {' and '.join(found)} are read, too. "
+            f"Give {folder / 'bounding_box_train'} for the training pictures alone.",
+            stacklevel=3,
+        )
 
 
 def selection_settings(file: Path) -> dict[str, Any] | None:
@@ -263,7 +276,7 @@ def decode_image(
             width, height = picture.size
             if width * height <= max_pixels:
                 ImageOps.exif_transpose(picture, in_place=True)
-                return _rgb_pixels(picture)
+                return rgb_pixels(picture)
     except UnidentifiedImageError as error:
         kinds = ", ".join(IMAGE_FORMATS)
         raise UnreadableFile(f"{name}: not an image of a kind that is read here ({kinds}).", "no image") from error
@@ -276,7 +289,8 @@ def decode_image(
     )
 
 
-def _rgb_pixels(picture: Image.Image) -> np.ndarray:
+def rgb_pixels(picture: Image.Image) -> np.ndarray:
+    """(height, width, 3) uint8 RGB of a PIL image of any mode."""
     if picture.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255 and not scale
         grey = (np.asarray(picture) >> 8).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import sys
@@ -26,6 +27,8 @@ from .person_images import split_broken
 from .reid_retrieval.expansion import expand_queries, remove_camera_bias
 from .reid_retrieval.ranking import evaluate_reid
 from .reid_retrieval.reranking import rerank
+
+logger = logging.getLogger(__name__)
 
 Arguments = TypeVar("Arguments")
 
@@ -251,17 +254,29 @@ def score(
     if expand:
         query = expand_queries(query, gallery, expand)
     if "occlusion" in dataset["query"].column_names:
-        options["query_groups"] = {"occlusion": _occlusion_labels(np.array(dataset["query"]["occlusion"]))}
+        labels = _occlusion_labels(list(dataset["query"]["occlusion"]))
+        options |= {} if labels is None else {"query_groups": {"occlusion": labels}}
     if reranked:
-        return evaluate_reid(distances=rerank(query, gallery), **columns, **options)
+        k1 = min(20, len(query) + len(gallery) - 1)  # fewer images have fewer neighbours
+        distances = rerank(query, gallery, k1=k1, k2=min(6, k1 + 1))
+        return evaluate_reid(distances=distances, **columns, **options)
     return evaluate_reid(query, gallery, **columns, **options)
 
 
-def _occlusion_labels(values: np.ndarray) -> np.ndarray:
-    """Labels as they are; hidden shares in four groups."""
-    if values.dtype.kind != "f":
-        return values
-    return np.array(["0", "to 0.1", "to 0.3", "over 0.3"])[np.digitize(values, [0, 0.1, 0.3], right=True)]
+def _occlusion_labels(values: list[Any]) -> list[Any] | None:
+    """Labels as they are, hidden shares in four groups, "unknown" for None and NaN; None for anything else."""
+    kinds = {type(value) for value in values} - {type(None)}
+    if kinds <= {str} or kinds <= {int, bool} and None not in values:
+        return ["unknown" if value is None else value for value in values]
+    if kinds <= {int, float}:
+        # compared in float32, as which shares are stored: there 0.1 is not 0.1
+        shares = np.array([math.nan if value is None else value for value in values], np.float32)
+        names = np.array(["0", "to 0.1", "to 0.3", "over 0.3"])
+        groups = names[np.digitize(shares, np.float32([0, 0.1, 0.3]), right=True)]
+        return np.where(np.isnan(shares), "unknown", groups).tolist()
+    names = ", ".join(sorted(kind.__name__ for kind in kinds))
+    logger.warning("The queries' column `occlusion` is passed over: it holds %s, neither labels nor shares.", names)
+    return None
 
 
 def option(

@@ -78,12 +78,24 @@ class ExactIndex:
         for start in range(0, len(queries) if count else 0, step):
             block = queries[start : start + step] @ gallery.T
             nearest = np.argpartition(block, -count, axis=1)[:, -count:]
-            nearest.sort(axis=1)
+            _prefer_first(nearest, block)
             values = np.take_along_axis(block, nearest, axis=1)
             order = np.argsort(-values, axis=1, kind="stable")
             indices[start : start + step, :count] = kept[np.take_along_axis(nearest, order, axis=1)]
             similarities[start : start + step, :count] = np.take_along_axis(values, order, axis=1)
         return indices, similarities
+
+
+def _prefer_first(nearest: np.ndarray, similarities: np.ndarray) -> None:
+    """Of entries as similar as the least of a row's `nearest`, puts those in that come first; sorts by index."""
+    values = np.take_along_axis(similarities, nearest, axis=1)
+    least = values.min(axis=1, keepdims=True)
+    too_many = (similarities == least).sum(axis=1) > (values == least).sum(axis=1)
+    for row in np.flatnonzero(too_many):
+        nearer = np.flatnonzero(similarities[row] > least[row])
+        equal = np.flatnonzero(similarities[row] == least[row])
+        nearest[row] = np.concatenate([nearer, equal[: nearest.shape[1] - nearer.size]])
+    nearest.sort(axis=1)
 
 
 class FaissIndex:

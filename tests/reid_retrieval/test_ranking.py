@@ -452,6 +452,12 @@ def test_false_positive_rates(given):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1.1 / matches.size)  # a pair within a step of the range
 
 
+def test_false_positive_rates_where_all_distances_are_equal():
+    case = {"query_person_ids": [1, 2], "gallery_person_ids": [1, 2, 3], "protocol": "any_camera"}
+    found = evaluate_reid(distances=np.zeros((2, 3)), **case, false_positive_rates=[0.1, 1.0])
+    np.testing.assert_array_equal(found["true_positive_rates"], [0, 1])
+
+
 def test_bootstrap_draws_identities():
     case = clustered(4, queries=200, gallery=400, noise=2.0)
     figures = evaluate_reid(**case, bootstrap=2000)

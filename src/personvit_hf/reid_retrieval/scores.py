@@ -143,7 +143,7 @@ class RocCounts:
 
     def __init__(self, limits: tuple[float, float]):
         self.low, high = limits
-        self.bins_per_unit = ROC_BINS / max(high - self.low, np.finfo(np.float64).tiny)
+        self.bins_per_unit = ROC_BINS / (high - self.low) if high > self.low else 0.0
         self.matches = np.zeros(ROC_BINS, np.int64)
         self.others = np.zeros(ROC_BINS, np.int64)
 
