@@ -11,6 +11,7 @@ import os
 import re
 import stat
 import tarfile
+import warnings
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -425,3 +426,22 @@ def _odd_name(name: str) -> str | None:
         return "name not UTF-8"
     parts = name.split("/")
     return "hidden file" if "__MACOSX" in parts or any(part[:1] == "." != part for part in parts) else None
+
+
+def warn_of_skipped(tree: FileTree) -> None:
+    """Warns once of what a tree passes over, counted by reason with the first name of each; not of hidden files."""
+    told = {reason: names for reason, names in tree.skipped.items() if reason not in ("hidden file", "no image")}
+    if told:
+        counts = "; ".join(f"{len(names)} x {reason} ({names[0]})" for reason, names in told.items())
+        warnings.warn(f"{tree.path}: passed over {counts}.", stacklevel=3)
+
+
+def warn_of_test_pictures(folder: Path) -> None:
+    """Of a Market-1501 tree all pictures are read, and those that models are tested on should teach none."""
+    found = [name for name in ("query", "bounding_box_test") if (folder / name).is_dir()]
+    if found and (folder / "bounding_box_train").is_dir():
+        warnings.warn(
+            f"{folder}: the test pictures in {' and '.join(found)} are read, too. "
+            f"Give {folder / 'bounding_box_train'} for the training pictures alone.",
+            stacklevel=3,
+        )

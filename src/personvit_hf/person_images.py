@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import re
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,8 @@ from .file_trees import (
     open_tree,
     read_address,
     walk_files,
+    warn_of_skipped,
+    warn_of_test_pictures,
 )
 
 logger = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ def load_person_images(
     elif source.is_dir() and any(file.endswith(".parquet") for file in walk_files(source)):
         rows = load_rows(source, config="unlabelled", split="train")
     else:
-        _warn_of_test_pictures(source)
+        warn_of_test_pictures(source)
         addresses = []
         for tree in image_trees(source):
             if isinstance(tree, TarTree) and tree.is_compressed:
@@ -112,17 +113,6 @@ def load_person_images(
         )
     columns = ["image", *(column for column in keep if column in rows.column_names)]
     return with_image_column(rows, name_or_path, decode=False).select_columns(columns)
-
-
-def _warn_of_test_pictures(folder: Path) -> None:
-    """Of a Market-1501 tree all pictures are read, and those that models are tested on should teach none."""
-    found = [name for name in ("query", "bounding_box_test") if (folder / name).is_dir()]
-    if found and (folder / "bounding_box_train").is_dir():
-        warnings.warn(
-            f"{folder}: the test pictures in {' and '.join(found)} are read, too. "
-            f"Give {folder / 'bounding_box_train'} for the training pictures alone.",
-            stacklevel=3,
-        )
 
 
 def selection_settings(file: Path) -> dict[str, Any] | None:
@@ -229,14 +219,6 @@ def image_trees(source: Path) -> list[FileTree]:
 def image_names(tree: FileTree) -> list[str]:
     """The files of a tree that are images by their names, sorted; all in an LMDB, whose keys have no endings."""
     return [name for name in tree.names if tree.kind == "lmdb" or name.lower().endswith(IMAGE_SUFFIXES)]
-
-
-def warn_of_skipped(tree: FileTree) -> None:
-    """Warns once of what a tree passes over, counted by reason with the first name of each; not of hidden files."""
-    told = {reason: names for reason, names in tree.skipped.items() if reason not in ("hidden file", "no image")}
-    if told:
-        counts = "; ".join(f"{len(names)} x {reason} ({names[0]})" for reason, names in told.items())
-        warnings.warn(f"{tree.path}: passed over {counts}.", stacklevel=3)
 
 
 def decode_image(

@@ -83,9 +83,10 @@ def evaluate_reid(
         where cmc[k - 1] is the share of valid queries with a true match among the first k; rank1, rank5, rank10;
         average_precision and first_match_rank (valid queries,), in query order; valid_queries, their indices;
         num_valid_queries and num_queries. If asked for: true_positive_rates, one for each of
-        `false_positive_rates` (distances are told apart in 2^20 steps of the largest there can be, 2 for cosine, or of a
-        given matrix's range); confidence_intervals, {figure: (low, high)}; by_group, {name: rows with the label and its figures}; by_camera_pair, rows with
-        query_camera, gallery_camera and their figures, where the pair has a valid query.
+        `false_positive_rates` (distances are told apart in 2^20 steps of the largest there can be, 2 for cosine, or of
+        a given matrix's range); confidence_intervals, {figure: (low, high)}; by_group, {name: rows with the label and
+        its figures}; by_camera_pair, rows with query_camera, gallery_camera and their figures, where the pair has a
+        valid query.
 
     Raises:
         ValueError: An argument has the wrong shape or type, holds NaN, or no query has a true match.
