@@ -10,7 +10,7 @@ from typing import Any
 
 import datasets
 
-from .file_trees import given_path, open_tree, TarTree, UnreadableFile, walk_files, warn_of_skipped
+from .file_trees import TarTree, UnreadableFile, given_path, open_tree, walk_files, warn_of_skipped
 from .person_images import literal, load_rows, readme_configs, resolve_source, with_image_column
 from .reid_layouts import (
     MARKET_FOLDERS,
