@@ -113,7 +113,10 @@ def our_pretraining(args: Arguments, precision: str, **settings) -> Step:
         lambda: clip_gradients_per_parameter(trained, CLIP),
         optimizer,
         lambda: model.update_teacher(MOMENTUM),
-        {"teacher": [model.personvit, model.teacher_head.mlp], "student": [model.student, model.student_head.mlp]},
+        {  # not the student itself: on a GPU its crops take a way of their own, unless something listens to it
+            "teacher": [model.personvit, model.teacher_head.mlp],
+            "student": [*model.student.children(), *model.student.layers, model.student_head.mlp],
+        },
     )
 
 

@@ -38,6 +38,7 @@ CONFIG = {**SIZES, **HEADS, "projection_bottleneck_size": 8, "image_size": [32, 
 FILES = {"README.md", "config.json", "preprocessor_config.json", "model.safetensors"}
 CODE = {
     "configuration_personvit.py",
+    "convolution_stem.py",
     "linear.py",
     "losses.py",
     "modeling_personvit.py",

@@ -23,6 +23,7 @@ MAX_FUNCTION_LINES = 60  # without its docstring
 # Served as remote code beside the weights.
 HUB_FILES = {
     "configuration_personvit.py",
+    "convolution_stem.py",
     "image_processing_personvit.py",
     "linear.py",
     "losses.py",

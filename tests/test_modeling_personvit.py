@@ -341,7 +341,7 @@ def test_drop_path_grows_by_layer_as_in_the_reference():
     for name, rates in load_golden("schedules")[1]["drop_path_rates"].items():
         depth, rate = name.removeprefix("depth").split("_rate")
         model = PersonViTModel(tiny_config(num_hidden_layers=int(depth), drop_path_rate=float(rate)))
-        assert [layer.drop_path_rate for layer in model.layers] == pytest.approx(rates, abs=1e-6)
+        assert model.drop_path_rates == pytest.approx(rates, abs=1e-6)
 
 
 @torch.no_grad()
@@ -364,7 +364,7 @@ def test_drop_path_skips_what_multiplying_by_zero_would_drop(rate):
     torch.manual_seed(0)
     first, second = scales = (torch.rand(2, 6, 1, 1) >= rate) / (1 - rate)
     assert rate > 0.9 or 0 < first.count_nonzero() < 6
-    output = layer(inputs, scales=scales)
+    output = layer(inputs, scales=scales, skips=True)
     output.square().sum().backward()
     gradients.append([inputs.grad, *(weight.grad for weight in layer.parameters())])
     inputs.grad = None
@@ -519,3 +519,56 @@ def test_exported_program_equals_the_model(extras):
     model = tiny_model(**extras)
     program = torch.export.export(model, (images(),)).module()
     assert_within(1e-6, program(images()).last_hidden_state, model(images()).last_hidden_state)
+
+
+def test_attentions_in_training_have_all_images():
+    model = tiny_model(drop_path_rate=0.9, attn_implementation="eager").train()
+    for asked in ({"output_attentions": True}, {}):
+        model.config.output_attentions = not asked
+        assert {attention.shape[0] for attention in model(images(8), **asked).attentions} == {8}
+
+
+@torch.no_grad()
+def test_a_layer_in_evaluation_mode_drops_nothing():
+    model = tiny_model(drop_path_rate=1.0)
+    expected = model(images()).pooler_output
+    model.train()
+    for layer in model.layers:
+        layer.eval()
+    assert_within(1e-6, model(images()).pooler_output, expected)
+
+
+class Wrapped(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+@torch.no_grad()
+def test_layers_may_be_wrapped():
+    model = tiny_model(drop_path_rate=1.0)
+    expected = model(images()).pooler_output
+    model.layers[1] = Wrapped(model.layers[1])
+    assert_within(0, model(images()).pooler_output, expected)
+    seen = []
+    model.layers[1].register_forward_hook(lambda _, inputs, output: seen.append(torch.equal(inputs[0], output)))
+    model.train()(images())
+    assert seen == [True]  # dropped as before
+
+
+def test_offloaded_weights_train():
+    from accelerate import cpu_offload
+
+    model = tiny_model(drop_path_rate=0.3).train()
+    cpu_offload(model, execution_device="cpu")
+    assert model(images()).pooler_output.isfinite().all()
+
+
+def test_a_model_in_training_is_exported_for_any_batch_size():
+    model = tiny_model(drop_path_rate=0.2).train()
+    sizes = {"pixel_values": {0: torch.export.Dim("batch", min=2, max=64)}}
+    program = torch.export.export(model, (images(8),), dynamic_shapes=sizes, strict=False)
+    assert program.module()(images(5)).pooler_output.shape == (5, 32)

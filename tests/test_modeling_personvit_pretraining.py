@@ -561,3 +561,14 @@ def test_packed_passes_drop_layers_by_image():
         of_image = images.unflatten(0, (40, -1))
         assert torch.equal(of_image.any(1), of_image.all(1))  # all tokens of an image, or none
         assert 0 < of_image.all(1).sum() < 30  # at a rate of 0.5, and both branches
+
+
+def test_hooks_on_the_student_are_not_passed_by(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    model, calls = tiny_model().train(), []
+    hook = model.student.register_forward_hook(lambda *_: calls.append(1))
+    model(**views())
+    assert len(calls) == 2  # global and local crops
+    hook.remove()
+    monkeypatch.setattr(model.student, "forward", None)
+    model(**views())

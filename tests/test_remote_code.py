@@ -1,5 +1,6 @@
 """Checkpoints work from the code files beside their weights, in a process that can't import the package."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -148,3 +149,15 @@ def test_code_files_lie_beside_the_weights(folder, name):
     assert {"AutoConfig", "AutoModel", CHECKPOINTS[name][1]} <= set(auto_map)
     for reference in auto_map.values():
         assert f"{reference.split('.')[0]}.py" in files
+
+
+def test_a_subclass_elsewhere_saves_the_code_that_its_configuration_names(tmp_path, monkeypatch):
+    (tmp_path / "own_model.py").write_text(
+        "from personvit_hf import PersonViTForReID\n\n\nclass Own(PersonViTForReID):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    model = importlib.import_module("own_model").Own(CONFIG)
+    model.save_pretrained(tmp_path / "own")
+    named = {f"{name.split('.')[0]}.py" for name in model.config.auto_map.values()}
+    saved = {path.name for path in (tmp_path / "own").glob("*.py")}
+    assert named | {"linear.py", "losses.py", "convolution_stem.py", "modeling_personvit.py"} <= saved

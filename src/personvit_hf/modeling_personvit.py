@@ -1,5 +1,6 @@
 """PersonViT: the backbone, and its head for person re-identification."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.loss.loss_utils import ForSequenceClassificationLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
@@ -18,6 +20,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_personvit import PersonViTConfig
+from .convolution_stem import PersonViTConvolutionStem
 from .linear import PersonViTLinear
 from .losses import batch_hard_triplet_loss
 
@@ -51,43 +54,6 @@ def interpolate_position_embeddings(
     resized = nn.functional.interpolate(patch_positions, scale_factor=scale, mode="bicubic")
     resized = resized.flatten(2).transpose(1, 2).to(first.dtype)
     return torch.cat((first, resized), dim=1)
-
-
-class PersonViTIBN(nn.Module):
-    """Instance normalisation of the first half of the channels, batch normalisation of the second (IBN-Net)."""
-
-    def __init__(self, num_channels: int):
-        super().__init__()
-        half = num_channels // 2
-        self.instance_norm = nn.InstanceNorm2d(half, affine=True)
-        self.batch_norm = nn.BatchNorm2d(num_channels - half)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        half = self.instance_norm.num_features
-        return torch.cat((self.instance_norm(features[:, :half]), self.batch_norm(features[:, half:])), dim=1)
-
-
-class PersonViTConvolutionStem(nn.Sequential):
-    """Pixels (batch, channels, height, width) to features (batch, 64, height / 2, width / 2).
-
-    Three convolutions with IBN after the first two (TransReID-SSL `dino/ours_vit.py`, `PatchEmbed_VOLO`).
-    """
-
-    width = 64
-
-    def __init__(self, config: PersonViTConfig):
-        width = self.width
-        super().__init__(
-            nn.Conv2d(config.num_channels, width, 7, stride=2, padding=3, bias=False),
-            PersonViTIBN(width),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1, bias=False),
-            PersonViTIBN(width),
-            nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1, bias=False),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-        )
 
 
 class PersonViTPatchEmbeddings(nn.Module):
@@ -285,41 +251,41 @@ class PersonViTMLP(nn.Module):
 class PersonViTLayer(GradientCheckpointingLayer):
     """Pre-norm transformer layer with stochastic depth."""
 
-    def __init__(self, config: PersonViTConfig, drop_path_rate: float):
+    def __init__(self, config: PersonViTConfig):
         super().__init__()
         self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = PersonViTAttention(config)
         self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = PersonViTMLP(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.drop_path_rate = drop_path_rate
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         num_outputs: int | None = None,
         scales: torch.Tensor | None = None,
+        skips: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """(batch, tokens, hidden) to the same, or to its first `num_outputs` tokens.
 
         `scales`, from `draw_scales`, is what both branches are multiplied by: (2, batch, 1, 1), or (2, 1, tokens, 1).
+        With `skips` what would be multiplied by 0 isn't computed.
         """
 
         def attend(tokens: torch.Tensor) -> torch.Tensor:
             return self.attention(self.layernorm_before(tokens), num_outputs, **kwargs)[0]
 
         of_attention, of_mlp = (None, None) if scales is None else scales.unbind()
-        hidden_states = self.add(hidden_states, attend, of_attention, num_outputs)
-        return self.add(hidden_states, lambda tokens: self.mlp(self.layernorm_after(tokens)), of_mlp)
+        hidden_states = self.add(hidden_states, attend, of_attention, skips, num_outputs)
+        return self.add(hidden_states, lambda tokens: self.mlp(self.layernorm_after(tokens)), of_mlp, skips)
 
     def add(
-        self, tokens: torch.Tensor, branch: Callable, scales: torch.Tensor | None, num_outputs: int | None = None
+        self, tokens: torch.Tensor, branch: Callable, scales: torch.Tensor | None, skips: bool, num: int | None = None
     ) -> torch.Tensor:
-        """Adds a branch times `scales`; on a CPU, images whose scale is 0 don't go through it."""
-        residual = tokens[:, :num_outputs]
-        # numbers of images that change by chance cost a GPU more than they spare it, and would be compiled each anew
-        if scales is None or len(scales) == 1 or not scales.is_cpu or torch.compiler.is_compiling():
+        """Adds a branch times `scales`, to the first `num` tokens."""
+        residual = tokens[:, :num]
+        if scales is None or not skips:
             added = self.dropout(branch(tokens))
             return residual + (added if scales is None else added * scales.to(residual.dtype))
         kept = scales.flatten().nonzero().flatten()
@@ -364,14 +330,18 @@ class PersonViTPreTrainedModel(PreTrainedModel):
         (loaded[0] if isinstance(loaded, tuple) else loaded).freeze()
         return loaded
 
-    def save_pretrained(self, *args, **kwargs):
+    def save_pretrained(self, save_directory, *args, **kwargs):
         """transformers' `save_pretrained`, which puts the code files beside the weights: without this package,
         `AutoModel` finds the backbone in them whichever class was saved."""
+        if type(self).__module__.rpartition(".")[0] != __name__.rpartition(".")[0]:
+            # of a subclass elsewhere transformers copies that file alone
+            os.makedirs(save_directory, exist_ok=True)
+            custom_object_save(PersonViTPreTrainedModel, save_directory)
         self.config.auto_map = {
             "AutoConfig": "configuration_personvit.PersonViTConfig",
             "AutoModel": "modeling_personvit.PersonViTModel",
         }
-        super().save_pretrained(*args, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def freeze(self) -> None:
         """Freezes what the model never trains: nothing, in the backbone."""
@@ -426,9 +396,8 @@ class PersonViTModel(PersonViTPreTrainedModel):
         super().__init__(config)
         self.embeddings = PersonViTEmbeddings(config, use_mask_token)
         depth = config.num_hidden_layers
-        self.layers = nn.ModuleList(
-            PersonViTLayer(config, config.drop_path_rate * index / max(depth - 1, 1)) for index in range(depth)
-        )
+        self.layers = nn.ModuleList(PersonViTLayer(config) for _ in range(depth))
+        self.drop_path_rates = [config.drop_path_rate * index / max(depth - 1, 1) for index in range(depth)]
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
@@ -469,20 +438,24 @@ class PersonViTModel(PersonViTPreTrainedModel):
         """
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
         hidden_states = self.embeddings(pixel_values, bool_masked_pos, camera_ids, view_ids)
-        scales = self.draw_scales(pixel_values.shape[0])
+        scales = self.draw_scales(pixel_values.shape[0], hidden_states.device)
+        # Numbers of images that change by chance cost a GPU more than they spare it, would be compiled each anew, and
+        # leave attentions without the images that were left out.
+        on_cpu = hidden_states.device.type == "cpu" and not torch.compiler.is_compiling()
+        kwargs["skips"] = on_cpu and not self._is_asked_for_more(kwargs)
         for layer, own in list(zip(self.layers, scales, strict=True))[:-1]:
             hidden_states = layer(hidden_states, num_outputs=None, scales=own, **kwargs)
         return self.finish(hidden_states, only_cls, scales[-1], **kwargs)
 
-    def draw_scales(self, num_images: int) -> torch.Tensor | list[None]:
+    def draw_scales(self, num_images: int, device: torch.device) -> torch.Tensor | list[None]:
         """What stochastic depth multiplies both branches of each layer by, 0 or 1 / (1 - rate); Nones without it.
 
         (layers, 2, images, 1, 1), drawn at once, as each operation on a GPU takes its time to start.
         """
-        rates = [layer.drop_path_rate for layer in self.layers]
-        if not self.training or not any(rates):
+        each = zip(self.layers, self.drop_path_rates, strict=True)
+        rates = [rate if self.training and layer.training else 0.0 for layer, rate in each]
+        if not any(rates):
             return [None] * len(rates)
-        device = self.layernorm.weight.device
         dropped = torch.tensor(rates).to(device, non_blocking=True).view(-1, 1, 1, 1, 1)
         kept = torch.rand(len(rates), 2, num_images, 1, 1, device=device) >= dropped
         return kept / (1 - dropped).clamp(min=torch.finfo(dropped.dtype).tiny)

@@ -108,7 +108,7 @@ def packed_passes(backbone: PersonViTModel, passes: Sequence[dict[str, Any]]) ->
     dtype = backbone.embeddings.patch_embeddings.projection.weight.dtype
     embedded = [backbone.embeddings(one["pixel_values"].to(dtype), one.get("bool_masked_pos")) for one in passes]
     sizes = [(tokens.shape[0], tokens.shape[1]) for tokens in embedded]
-    scales = [backbone.draw_scales(images) for images, _ in sizes]
+    scales = [backbone.draw_scales(len(tokens), tokens.device) for tokens in embedded]
     of_tokens = scales[0]
     if isinstance(of_tokens, torch.Tensor):  # (layers, 2, images, 1, 1) each, to (layers, 2, 1, all tokens, 1)
         expanded = [own.expand(-1, -1, -1, size[1], -1).flatten(2, 3) for own, size in zip(scales, sizes, strict=True)]
@@ -398,11 +398,14 @@ class PersonViTForPreTraining(PersonViTPreTrainedModel):
         num_global = 2 * len(passes)
         if local_pixel_values is not None and local_pixel_values.shape[1] > 0:
             passes.append({"pixel_values": local_pixel_values.flatten(0, 1), "only_cls": True})
-        if views.is_cuda and not kwargs and not self._is_asked_for_more(kwargs):
-            outputs = packed_passes(self.student, passes)
+        # packed passes go by the student's own call, where hooks on it and `compile` would miss them
+        student = self.student
+        is_plain = not (student._forward_hooks or student._forward_pre_hooks or student._compiled_call_impl)
+        if views.is_cuda and is_plain and not kwargs and not self._is_asked_for_more(kwargs):
+            outputs = packed_passes(student, passes)
         else:
             first, *others = passes
-            outputs = [self.student(**first, **kwargs), *(self.student(**other) for other in others)]
+            outputs = [student(**first, **kwargs), *(student(**other) for other in others)]
         tokens = [output.pooler_output.unflatten(0, (len(views) // 2, -1)) for output in outputs]
         return outputs[0], torch.cat(tokens, dim=1), num_global
 
