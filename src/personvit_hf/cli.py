@@ -217,13 +217,17 @@ def evaluate(
 
     from .loading import load_embedder
     from .reid_data import load_reid_dataset
+    from .files import require_writable
     from .scripting import score
 
     network, processor = load_embedder(model)
     figures = score(
         network.to(PartialState().device),
+    dataset = load_reid_dataset(data)
+    if output:
+        require_writable(output)
         processor,
-        load_reid_dataset(data),
+        dataset,
         use_cameras,
         batch_size=batch_size,
         num_workers=num_workers,
@@ -236,7 +240,6 @@ def evaluate(
     typer.echo(f"{model} on {data}: {figures['num_valid_queries']} of {figures['num_queries']} queries have a match")
     _print_figures(figures)
     if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
         plain = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in figures.items()}
         output.write_text(json.dumps(plain, indent=2) + "\n")
 
