@@ -39,7 +39,7 @@ from personvit_hf.hub import RunPublisher
 from personvit_hf.loading import load_pretrained
 from personvit_hf.person_images import BrokenImage, BrokenImageBudget, PersonImages
 from personvit_hf.preemption import StopRequest, ignore_stop_requests
-from personvit_hf.reid_data import person_labels
+from personvit_hf.reid_data import person_labels, require_true_match
 from personvit_hf.sampling import PKSampler
 from personvit_hf.schedules import StepPlan, finetune_learning_rate, finetuning_parameter_groups, is_due
 from personvit_hf.scripting import (
@@ -229,6 +229,7 @@ def prepare_run(args: FinetuneArguments, accelerator: Accelerator) -> Run:
     dataloader = build_dataloader(args, dataset["train"], labels)
     set_seed(args.seed)
     model = build_model(args, labels, num_cameras)
+    require_true_match(dataset, args.data)
     if checkpoint is not None:
         load_weights(model, checkpoint)
     if args.gradient_checkpointing:

@@ -55,6 +55,7 @@ from personvit_hf.loading import load_pretrained
 from personvit_hf.masking import BlockMasking, PretrainingCrops, draw_views
 from personvit_hf.person_images import BrokenImageBudget, PersonImages
 from personvit_hf.preemption import StopRequest, ignore_stop_requests
+from personvit_hf.reid_data import require_true_match
 from personvit_hf.sampling import EpochSampler
 from personvit_hf.schedules import StepPlan, is_due, pretraining_parameter_groups, teacher_temperature, warmup_cosine
 from personvit_hf.scripting import (
@@ -270,6 +271,8 @@ def prepare_run(args: PretrainArguments, accelerator: Accelerator) -> Run:
     height, width = args.image_size
     processor = PersonViTImageProcessor(size={"height": height, "width": width})
     dataloader = build_dataloader(args, model.config, accelerator)
+    if eval_dataset is not None:
+        require_true_match(eval_dataset, args.eval_data)
     eval_dataset = load_reid_dataset(args.eval_data) if args.eval_data else None
     groups = pretraining_parameter_groups(model, args.weight_decay)
     if args.freeze_last_layer_epochs:
