@@ -149,10 +149,9 @@ class PretrainArguments:
 
 
 def build_model(args: PretrainArguments) -> PersonViTForPreTraining:
-    overrides = {
-        "drop_path_rate": args.drop_path_rate,
-        "attn_implementation": args.attn_implementation,
-    } | parse_overrides(args.config_overrides)
+    overrides = {"drop_path_rate": args.drop_path_rate, "attn_implementation": args.attn_implementation}
+    # unlabelled images tell no camera: a fine-tuned model's embeddings of them would stay as they are
+    overrides |= {"num_cameras": 0, "num_views": 0} | parse_overrides(args.config_overrides)
     if args.model_name_or_path is not None:
         return load_pretrained(PersonViTForPreTraining, args.model_name_or_path, **overrides)
     overrides.setdefault("image_size", args.image_size)
