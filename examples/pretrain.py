@@ -270,9 +270,9 @@ def prepare_run(args: PretrainArguments, accelerator: Accelerator) -> Run:
     height, width = args.image_size
     processor = PersonViTImageProcessor(size={"height": height, "width": width})
     dataloader = build_dataloader(args, model.config, accelerator)
+    eval_dataset = load_reid_dataset(args.eval_data) if args.eval_data else None
     if eval_dataset is not None:
         require_true_match(eval_dataset, args.eval_data)
-    eval_dataset = load_reid_dataset(args.eval_data) if args.eval_data else None
     groups = pretraining_parameter_groups(model, args.weight_decay)
     if args.freeze_last_layer_epochs:
         groups = split_frozen_group(accelerator, groups, model.student_head.prototype_parameters())
@@ -465,11 +465,7 @@ def main() -> None:
     if args.keep_best and not args.eval_data:
         raise ValueError("`keep_best` needs `eval_data` to tell which model is the best.")
     accelerator = make_accelerator(
-        args.output_dir,
-        args.mixed_precision,
-        args.gradient_accumulation_steps,
-        args.report_to,
-        args.timeout_minutes,
+        args.output_dir, args.mixed_precision, args.gradient_accumulation_steps, args.report_to, args.timeout_minutes
     )
     if args.skip_nonfinite_steps and accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError("`skip_nonfinite_steps` is not for DeepSpeed, whose optimizer takes every step.")

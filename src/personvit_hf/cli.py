@@ -169,12 +169,14 @@ def embed(
     """Embed images into a folder; on several processes by `accelerate launch $(which personvit) embed`."""
     from accelerate import Accelerator
 
+    from .distributed import require_connected
     from .embedding import write_embeddings
     from .loading import load_embedder
     from .search import load_gallery_images
 
     # PartialState would not see that several processes on a CPU belong together
     state = Accelerator()
+    require_connected(state)
     # absolute, for a search from another folder
     model, data = _absolute(model), _absolute(data)
     network, processor = load_embedder(model)
@@ -215,17 +217,17 @@ def evaluate(
 
     from accelerate import PartialState
 
+    from .files import require_writable
     from .loading import load_embedder
     from .reid_data import load_reid_dataset
-    from .files import require_writable
     from .scripting import score
 
     network, processor = load_embedder(model)
-    figures = score(
-        network.to(PartialState().device),
     dataset = load_reid_dataset(data)
     if output:
         require_writable(output)
+    figures = score(
+        network.to(PartialState().device),
         processor,
         dataset,
         use_cameras,
