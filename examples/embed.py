@@ -15,6 +15,7 @@ import numpy as np
 from accelerate import PartialState
 
 from personvit_hf import embed_images, load_person_images
+from personvit_hf.files import require_writable
 from personvit_hf.loading import load_embedder
 from personvit_hf.scripting import option, parse_arguments
 
@@ -33,6 +34,7 @@ def main() -> None:
     args = parse_arguments(EmbedArguments)
     model, processor = load_embedder(args.model)
     images = load_person_images(args.data)
+    require_writable(Path(args.output))
     embeddings = embed_images(
         model.to(PartialState().device),
         processor,
@@ -44,7 +46,6 @@ def main() -> None:
     )
     names = np.array([(row and row["path"]) or f"row {index}" for index, row in enumerate(images["image"])])
     good = ~np.isnan(embeddings[:, 0])
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     with open(args.output, "wb") as file:  # given a name, numpy would add .npz to any other ending
         np.savez(file, embeddings=embeddings[good], names=names[good])
     print(f"{args.output}: {good.sum()} embeddings of {embeddings.shape[1]} numbers, {(~good).sum()} images left out")

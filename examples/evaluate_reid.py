@@ -13,6 +13,7 @@ from pathlib import Path
 from accelerate import PartialState
 
 from personvit_hf import load_reid_dataset
+from personvit_hf.files import require_writable
 from personvit_hf.loading import load_embedder
 from personvit_hf.scripting import option, parse_arguments, score
 
@@ -31,6 +32,8 @@ def main() -> None:
     args = parse_arguments(EvaluationArguments)
     model, processor = load_embedder(args.model)
     dataset = load_reid_dataset(args.data)
+    if args.output:
+        require_writable(Path(args.output))
     result = score(
         model.to(PartialState().device), processor, dataset, args.use_cameras, args.batch_size, args.num_workers
     )
@@ -42,7 +45,6 @@ def main() -> None:
     if args.output:
         figures = {name: value for name, value in result.items() if isinstance(value, int | float)}
         figures["cmc"] = result["cmc"].tolist()
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         Path(args.output).write_text(json.dumps(figures, indent=2) + "\n")
 
 

@@ -39,7 +39,7 @@ from personvit_hf.hub import RunPublisher
 from personvit_hf.loading import load_pretrained
 from personvit_hf.person_images import BrokenImage, BrokenImageBudget, PersonImages
 from personvit_hf.preemption import StopRequest, ignore_stop_requests
-from personvit_hf.reid_data import person_labels
+from personvit_hf.reid_data import person_labels, require_true_match
 from personvit_hf.sampling import PKSampler
 from personvit_hf.schedules import StepPlan, finetune_learning_rate, finetuning_parameter_groups, is_due
 from personvit_hf.scripting import (
@@ -85,7 +85,7 @@ class FinetuneArguments:
     gradient_checkpointing: bool = option(False, "Compute each layer again in the backward pass: slower, less memory.")
     optimizer: str = option("sgd", "sgd (momentum 0.9, the paper's) or adamw.")
     learning_rate: float = option(4e-4, "Base rate; biases learn at twice this rate.", least=0)
-    warmup_epochs: int = option(20, "Epochs of warm-up from 0.01 of the base rate.", least=0)
+    warmup_epochs: int = option(20, "Epochs of warm-up from 0.01 of the base rate; at most `epochs`.", least=0)
     weight_decay: float = option(1e-4, "Weight decay.", least=0)
     # the run
     seed: int = option(0, "Seed of everything random.")
@@ -132,6 +132,11 @@ class ReIDTrainingImages(Dataset):
 
 def build_dataloader(args: FinetuneArguments, rows, labels: dict[int, int]) -> DataLoader:
     """Batches of P x K images from the training split; junk and distractors are no identities and are left out."""
+    if len(labels) < args.identities_per_batch:
+        raise ValueError(
+            f"{args.data} has {len(labels)} people in train, fewer than `identities_per_batch` "
+            f"{args.identities_per_batch}: lower it, or give more data."
+        )
     rows = rows.select([row for row, person in enumerate(rows["person_id"]) if person in labels])
     transform = ReIDTransform(
         size=tuple(args.image_size),
@@ -224,6 +229,7 @@ def prepare_run(args: FinetuneArguments, accelerator: Accelerator) -> Run:
     args.attn_implementation = args.attn_implementation or default_attention(accelerator)
     checkpoint = find_checkpoint(accelerator, output_dir / "checkpoints", args.resume_from)
     dataset = load_reid_dataset(args.data)
+    require_true_match(dataset, args.data)
     labels = person_labels(dataset["train"]["person_id"])
     num_cameras = 1 + max(max(rows["camera_id"]) for rows in dataset.values()) if args.use_cameras else 0
     dataloader = build_dataloader(args, dataset["train"], labels)
@@ -379,6 +385,8 @@ def main() -> None:
     args = parse_arguments(FinetuneArguments)
     if args.keep_best and not args.eval_epochs:
         raise ValueError("`keep_best` needs `eval_epochs` to tell which model is the best.")
+    if args.warmup_epochs > args.epochs:
+        raise ValueError(f"`warmup_epochs` {args.warmup_epochs} is more than `epochs` {args.epochs}: lower it.")
     accelerator = make_accelerator(
         args.output_dir,
         args.mixed_precision,

@@ -55,6 +55,7 @@ from personvit_hf.loading import load_pretrained
 from personvit_hf.masking import BlockMasking, PretrainingCrops, draw_views
 from personvit_hf.person_images import BrokenImageBudget, PersonImages
 from personvit_hf.preemption import StopRequest, ignore_stop_requests
+from personvit_hf.reid_data import require_true_match
 from personvit_hf.sampling import EpochSampler
 from personvit_hf.schedules import StepPlan, is_due, pretraining_parameter_groups, teacher_temperature, warmup_cosine
 from personvit_hf.scripting import (
@@ -148,10 +149,9 @@ class PretrainArguments:
 
 
 def build_model(args: PretrainArguments) -> PersonViTForPreTraining:
-    overrides = {
-        "drop_path_rate": args.drop_path_rate,
-        "attn_implementation": args.attn_implementation,
-    } | parse_overrides(args.config_overrides)
+    overrides = {"drop_path_rate": args.drop_path_rate, "attn_implementation": args.attn_implementation}
+    # unlabelled images tell no camera: a fine-tuned model's embeddings of them would stay as they are
+    overrides |= {"num_cameras": 0, "num_views": 0} | parse_overrides(args.config_overrides)
     if args.model_name_or_path is not None:
         return load_pretrained(PersonViTForPreTraining, args.model_name_or_path, **overrides)
     overrides.setdefault("image_size", args.image_size)
@@ -271,6 +271,8 @@ def prepare_run(args: PretrainArguments, accelerator: Accelerator) -> Run:
     processor = PersonViTImageProcessor(size={"height": height, "width": width})
     dataloader = build_dataloader(args, model.config, accelerator)
     eval_dataset = load_reid_dataset(args.eval_data) if args.eval_data else None
+    if eval_dataset is not None:
+        require_true_match(eval_dataset, args.eval_data)
     groups = pretraining_parameter_groups(model, args.weight_decay)
     if args.freeze_last_layer_epochs:
         groups = split_frozen_group(accelerator, groups, model.student_head.prototype_parameters())
@@ -463,11 +465,7 @@ def main() -> None:
     if args.keep_best and not args.eval_data:
         raise ValueError("`keep_best` needs `eval_data` to tell which model is the best.")
     accelerator = make_accelerator(
-        args.output_dir,
-        args.mixed_precision,
-        args.gradient_accumulation_steps,
-        args.report_to,
-        args.timeout_minutes,
+        args.output_dir, args.mixed_precision, args.gradient_accumulation_steps, args.report_to, args.timeout_minutes
     )
     if args.skip_nonfinite_steps and accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError("`skip_nonfinite_steps` is not for DeepSpeed, whose optimizer takes every step.")

@@ -177,6 +177,20 @@ def test_a_gallery_whose_pictures_were_replaced(checkpoint, tmp_path, monkeypatc
     assert not (tmp_path / "again.png").exists()
 
 
+def test_processes_that_do_not_know_of_each_other_embed_nothing(checkpoint, tmp_path, monkeypatch):
+    save_pictures(tmp_path / "images", "a")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = invoke("embed", tmp_path / "images", "--model", checkpoint, "--out", tmp_path / "gallery")
+    assert str(result.exception).startswith("2 processes were started, but this one knows of 1")
+    assert not (tmp_path / "gallery").exists()
+
+
+def test_figures_that_could_not_be_written_are_not_computed(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("personvit_hf.scripting.score", None)
+    result = invoke("evaluate", DATA, "--model", checkpoint, "--output", tmp_path)
+    assert isinstance(result.exception, IsADirectoryError)
+
+
 def test_what_is_told_of_a_foreign_gallery_cannot_steer_the_terminal(checkpoint, tmp_path, monkeypatch, capsys):
     save_pictures(tmp_path / "images", "a")
     invoke("embed", tmp_path / "images", "--model", checkpoint, "--num-workers", 0, "--out", tmp_path / "gallery")

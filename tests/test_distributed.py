@@ -6,9 +6,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import LoggerType
 from process_runs import finish, launch_environment, start_ranks
 from test_examples import (
     FINETUNE,
@@ -27,7 +29,7 @@ from torch.testing import assert_close
 
 from personvit_hf import distributed
 from personvit_hf.checkpointing import latest_checkpoint
-from personvit_hf.distributed import clip_gradients, make_accelerator
+from personvit_hf.distributed import clip_gradients, make_accelerator, require_connected
 from personvit_hf.preemption import STOPPED_EXIT_CODE
 
 __all__ = ["people"]  # a fixture
@@ -235,6 +237,37 @@ def test_fsdp_of_version_1_is_refused(tmp_path, monkeypatch, version):
         monkeypatch.setenv("FSDP_VERSION", version)
     with pytest.raises(ValueError, match="FSDP of version 1 is not supported: set `fsdp_version: 2`"):
         make_accelerator(tmp_path, "no", 1, None, 1.0)
+
+
+def test_processes_that_do_not_know_of_each_other_are_stopped(people, tmp_path):
+    """Else both would train as the only one, and overwrite each other."""
+    environment = launch_environment(CONFIGURATIONS / "multi_gpu.yaml")
+    environment |= {"ACCELERATE_USE_CPU": "false", "CUDA_VISIBLE_DEVICES": ""}
+    out = tmp_path / "out"
+    _finish_both("pretrain.py", out, environment, 1, SETTINGS | {"data": people / "unlabelled", "output_dir": out})
+    told = [out.with_suffix(f".{rank}").read_text() for rank in (0, 1)]  # the second may only see the first one leave
+    assert any(
+        "2 processes were started, but this one knows of 1, itself included: torch sees no GPU" in t for t in told
+    )
+    assert not out.exists()
+
+
+def test_processes_that_no_launcher_numbered_are_told_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="3 processes .* knows of 1, .*no LOCAL_RANK"):
+        require_connected(SimpleNamespace(num_processes=1))
+    require_connected(SimpleNamespace(num_processes=3))
+    monkeypatch.delenv("WORLD_SIZE")
+    require_connected(SimpleNamespace(num_processes=1))
+
+
+def test_trackers_that_are_not_there_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "get_available_trackers", lambda: [LoggerType.TENSORBOARD])
+    with pytest.raises(ImportError, match="`report_to` wandb: it is not installed .`pip install wandb`"):
+        make_accelerator(tmp_path, "no", 1, "tensorboard,wandb", 1.0)
+    with pytest.raises(ValueError, match="`report_to` 'tensorbord': no tracker; choose from .*tensorboard"):
+        make_accelerator(tmp_path, "no", 1, "tensorbord", 1.0)
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in CONFIGURATIONS.glob("*.yaml")))

@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -414,6 +415,19 @@ def test_cameras_as_side_information(people, pretrained, tmp_path):
         assert (json.loads(output.read_text())["mAP"] == results["mAP"]) == same
 
 
+def test_pretraining_leaves_the_cameras_of_a_fine_tuned_model(people, tmp_path):
+    """It would never train their embeddings, and its teacher would be scored with them."""
+    sizes = {**MODEL, "image_size": [32, 16]}
+    PersonViTForReID(PersonViTConfig(**sizes, num_cameras=6, num_labels=3)).save_pretrained(tmp_path / "reid")
+    settings = PRETRAIN | {"data": people / "unlabelled", "model_name_or_path": tmp_path / "reid", "epochs": 1}
+    overrides = ({}, 0), ({"num_cameras": 6}, 6)
+    for given, cameras in overrides:
+        out = tmp_path / f"{cameras}"
+        run("pretrain.py", output_dir=out, **settings | {"config_overrides": json.dumps(given)})
+        assert json.loads((out / "config.json").read_text())["num_cameras"] == cameras
+        assert ("personvit.embeddings.side_embeddings" in weights(out)) == bool(cameras)
+
+
 def test_fine_tuned_model_goes_on_with_other_people(people, finetuned, tmp_path):
     shutil.copytree(people / "market", tmp_path / "market")
     for path in (tmp_path / "market" / "bounding_box_train").glob("0001_*"):
@@ -705,7 +719,12 @@ def test_too_many_broken_images_stop_the_run(with_broken_images, tmp_path):
         ("pretrain.py", {"config_overrides": '{"pach_size": 8}'}, "pach_size"),
         ("finetune.py", {"image_size": [32, 17]}, "32x17 pixels .*patch_size=8"),
         ("finetune.py", {"optimizer": "lion"}, "`optimizer` must be sgd or adamw, got 'lion'"),
-        ("finetune.py", {"identities_per_batch": 10}, "9 identities, and a batch needs 10"),
+        (
+            "finetune.py",
+            {"identities_per_batch": 10},
+            "market has 9 people in train, fewer than `identities_per_batch`",
+        ),
+        ("finetune.py", {"warmup_epochs": 20}, "`warmup_epochs` 20 is more than `epochs` 2"),
     ],
 )
 def test_settings_that_can_not_work(people, tmp_path, script, wrong, message):
@@ -715,6 +734,28 @@ def test_settings_that_can_not_work(people, tmp_path, script, wrong, message):
     with pytest.raises((ValueError, StrictDataclassError), match=message):
         run(script, data=data, output_dir=tmp_path / "out", **settings | wrong)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("script", ["pretrain.py", "finetune.py"])
+def test_data_that_can_not_be_scored(people, tmp_path, script):
+    for path in (people / "market").rglob("*.jpg"):
+        copy = tmp_path / "one_camera" / path.parent.name / re.sub(r"_c\d", "_c1", path.name)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.symlink_to(path)
+    settings = {"data": people / "unlabelled", "eval_data": tmp_path / "one_camera", **PRETRAIN}
+    if script == "finetune.py":
+        settings = {"data": tmp_path / "one_camera", "config_overrides": json.dumps(MODEL), **FINETUNE}
+    with pytest.raises(ValueError, match="one_camera can't be scored: none of the .* queries has a true match"):
+        run(script, output_dir=tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("script", ["evaluate_reid.py", "embed.py"])
+def test_an_output_that_is_a_folder_is_told_before(people, finetuned, tmp_path, monkeypatch, script):
+    monkeypatch.setattr("personvit_hf.embed_images", None)
+    monkeypatch.setattr(scripting, "embed_images", None)
+    with pytest.raises(IsADirectoryError, match="is a folder: give the name of a file"):
+        run(script, model=finetuned, data=people / "market", output=tmp_path)
 
 
 def test_unknown_settings_in_a_file(people, tmp_path):

@@ -2,7 +2,15 @@ import os
 
 import pytest
 
-from personvit_hf.files import MANIFEST, check_manifest, flush_to_disk, rename_durably, write_manifest, written_aside
+from personvit_hf.files import (
+    MANIFEST,
+    check_manifest,
+    flush_to_disk,
+    rename_durably,
+    require_writable,
+    write_manifest,
+    written_aside,
+)
 
 
 def write_folder(folder, names, overwrite=False):
@@ -127,3 +135,18 @@ def test_flushed_and_renamed(listed):
     flush_to_disk(listed)
     rename_durably(listed / "folder", listed / "other")
     assert (listed / "other" / "file").read_text() == "x"
+
+
+def test_a_file_that_can_not_be_written_is_told_before(tmp_path, monkeypatch):
+    require_writable(tmp_path / "a" / "b" / "features.npz")
+    assert os.listdir(tmp_path / "a" / "b") == []
+    with pytest.raises(IsADirectoryError, match="b is a folder: give the name of a file"):
+        require_writable(tmp_path / "a" / "b")
+    (tmp_path / "file").write_text("x")
+    require_writable(tmp_path / "file")
+    for path in (tmp_path / "file" / "features.npz", tmp_path / "file" / "c" / "features.npz"):
+        with pytest.raises(OSError, match="features.npz can't be written, as its folder can't be made"):
+            require_writable(path)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(PermissionError, match="new.npz may not be written"):
+        require_writable(tmp_path / "new.npz")

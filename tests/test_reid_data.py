@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from personvit_hf.reid_data import load_reid_dataset, person_labels
+from personvit_hf.reid_data import load_reid_dataset, person_labels, require_true_match
 
 DEMO = Path(__file__).parents[1] / "examples" / "data"
 MARKET = {
@@ -248,6 +248,24 @@ def test_person_labels_do_not_know_the_row_order(ids, random):
     assert person_labels(shuffled) == labels
     assert set(labels) == people
     assert [labels[person] for person in sorted(people)] == list(range(len(people)))
+
+
+@pytest.mark.parametrize(
+    "query, gallery, scored",
+    [
+        ([(1, 0), (2, 0)], [(1, 0), (2, 1)], True),
+        ([(1, 0), (2, 1)], [(1, 0), (2, 1)], False),  # each by the same camera
+        ([(1, 0)], [(2, 1)], False),
+        ([(0, 0), (-1, 0)], [(0, 1), (-1, 1)], False),  # nobody
+        ([(1, 0)], [(1, 0), (1, 3)], True),
+    ],
+)
+def test_data_in_which_no_query_has_a_true_match(query, gallery, scored):
+    dataset = datasets.DatasetDict(query=table(*zip(*query, strict=True)), gallery=table(*zip(*gallery, strict=True)))
+    if scored:
+        return require_true_match(dataset, "people")
+    with pytest.raises(ValueError, match=f"people can't be scored: none of the {len(query)} queries has a true match"):
+        require_true_match(dataset, "people")
 
 
 def test_demo_data():

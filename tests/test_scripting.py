@@ -116,6 +116,13 @@ def test_yaml_takes_no_for_a_word_where_a_word_is_wanted(tmp_path):
     assert args.name == "no" and args.fast
 
 
+@pytest.mark.parametrize("second", [["--config", "b.yaml"], ["--config=b.yaml"]])
+def test_a_second_file_is_refused(tmp_path, second):
+    first = settings_file(tmp_path, data="x")
+    with pytest.raises(ValueError, match=r"`--config` is given 2 times \(.*settings\.yaml, b\.yaml\)"):
+        parse_arguments(Arguments, ["--config", first, "--epochs", "2", *second])
+
+
 @pytest.mark.parametrize("value", ["0", "-1", "1.5", "nan", "inf"])
 def test_numbers_outside_their_range_are_named(tmp_path, value):
     with pytest.raises(

@@ -169,12 +169,14 @@ def embed(
     """Embed images into a folder; on several processes by `accelerate launch $(which personvit) embed`."""
     from accelerate import Accelerator
 
+    from .distributed import require_connected
     from .embedding import write_embeddings
     from .loading import load_embedder
     from .search import load_gallery_images
 
     # PartialState would not see that several processes on a CPU belong together
     state = Accelerator()
+    require_connected(state)
     # absolute, for a search from another folder
     model, data = _absolute(model), _absolute(data)
     network, processor = load_embedder(model)
@@ -215,15 +217,19 @@ def evaluate(
 
     from accelerate import PartialState
 
+    from .files import require_writable
     from .loading import load_embedder
     from .reid_data import load_reid_dataset
     from .scripting import score
 
     network, processor = load_embedder(model)
+    dataset = load_reid_dataset(data)
+    if output:
+        require_writable(output)
     figures = score(
         network.to(PartialState().device),
         processor,
-        load_reid_dataset(data),
+        dataset,
         use_cameras,
         batch_size=batch_size,
         num_workers=num_workers,
@@ -236,7 +242,6 @@ def evaluate(
     typer.echo(f"{model} on {data}: {figures['num_valid_queries']} of {figures['num_queries']} queries have a match")
     _print_figures(figures)
     if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
         plain = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in figures.items()}
         output.write_text(json.dumps(plain, indent=2) + "\n")
 

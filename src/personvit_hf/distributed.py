@@ -15,7 +15,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, DeepSpeedPlugin, DistributedType, InitProcessGroupKwargs
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DeepSpeedPlugin,
+    DistributedType,
+    InitProcessGroupKwargs,
+    LoggerType,
+)
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -38,11 +45,13 @@ def make_accelerator(
         output_dir: The run's output folder.
         mixed_precision: no, bf16 or fp16; None follows accelerate's configuration.
         gradient_accumulation_steps: Batches per optimizer step.
-        report_to: Accelerate's trackers, with commas between them.
+        report_to: Accelerate's trackers, with commas between them; None for none.
         timeout_minutes: How long processes wait for each other before they give up.
 
     Raises:
-        ValueError: for fp16 or bf16 modes of DeepSpeed that would round the teacher, and for FSDP of version 1.
+        ValueError: for fp16 or bf16 modes of DeepSpeed that would round the teacher, for FSDP of version 1, for an
+            unknown tracker, and as `require_connected`.
+        ImportError: for a tracker that is not installed.
     """
     backend = None
     deepspeed = None
@@ -52,16 +61,50 @@ def make_accelerator(
         backend = None if torch.cuda.is_available() else "gloo"
     if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true" and os.environ.get("FSDP_VERSION", "1") != "2":
         raise ValueError("FSDP of version 1 is not supported: set `fsdp_version: 2` (`--fsdp_version 2`).")
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=mixed_precision,
         gradient_accumulation_steps=gradient_accumulation_steps,
         # batches in pinned memory reach a GPU while it is still busy with the step before
         dataloader_config=DataLoaderConfiguration(even_batches=False, non_blocking=torch.cuda.is_available()),
-        log_with=report_to.split(",") if report_to else None,
+        log_with=_trackers(report_to),
         project_dir=output_dir,
         deepspeed_plugin=deepspeed,
         kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=timedelta(minutes=timeout_minutes))],
     )
+    require_connected(accelerator)
+    return accelerator
+
+
+def require_connected(accelerator: Accelerator) -> None:
+    """Stops processes that were started together but don't know of each other: each would do all of the work.
+
+    Raises:
+        ValueError: if the environment's WORLD_SIZE tells of more processes than the accelerator.
+    """
+    started = int(os.environ.get("WORLD_SIZE") or 1)
+    if accelerator.num_processes >= started:
+        return
+    reason = "the launcher set no LOCAL_RANK: start them by `accelerate launch` or torchrun"
+    if not torch.cuda.is_available():
+        reason = "torch sees no GPU; on CPUs set ACCELERATE_USE_CPU=true"
+    raise ValueError(
+        f"{started} processes were started, but this one knows of {accelerator.num_processes}, itself included: "
+        f"{reason} (see examples/accelerate_configs/README.md)."
+    )
+
+
+def _trackers(report_to: str | None) -> list[str] | None:
+    """Names of trackers that are there; Accelerate itself passes over those that aren't, without a word."""
+    if not report_to:
+        return None
+    names = [name.strip() for name in report_to.split(",")]
+    known, installed = LoggerType.list(), {tracker.value for tracker in get_available_trackers()}
+    for name in names:
+        if name not in known:
+            raise ValueError(f"`report_to` {name!r}: no tracker; choose from {', '.join(known)}.")
+        if name not in installed and name != LoggerType.ALL.value:
+            raise ImportError(f"`report_to` {name}: it is not installed (`pip install {name}`).")
+    return names
 
 
 class _WholeModelsPlugin(DeepSpeedPlugin):

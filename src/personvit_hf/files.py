@@ -50,6 +50,22 @@ def written_aside(output: Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(work)
 
 
+def require_writable(file: Path) -> None:
+    """Makes the folders above a file that long work will end with, or says before it why there can be no such file.
+
+    Raises:
+        OSError: if the file is a folder, may not be written, or its folder can't be made.
+    """
+    if file.is_dir():
+        raise IsADirectoryError(f"{file} is a folder: give the name of a file.")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{file} can't be written, as its folder can't be made ({error}).") from error
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise PermissionError(f"{file} may not be written: choose another name.")
+
+
 def _check_replaceable(output: Path, new: Path) -> None:
     """Raises a FileExistsError if what it holds would be lost."""
     if not output.exists():

@@ -47,8 +47,8 @@ def parse_arguments(arguments_class: type[Arguments], argv: Sequence[str] | None
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is no mapping, or has a setting that the script doesn't; or if a number is not finite
-            or outside what its `option` allows.
+        ValueError: if the file is no mapping, or has a setting that the script doesn't; if there are several files;
+            or if a number is not finite or outside what its `option` allows.
         SystemExit: for wrong flags or values, with a usage message (argparse).
     """
     # without abbreviations, or `--conf FILE` would be taken for `--config` and its file never read
@@ -311,12 +311,18 @@ def _check_ranges(arguments_class: type, values: dict[str, Any]) -> None:
 
 
 def _config_path(argv: list[str]) -> str | None:
+    paths = []
     for position, argument in enumerate(argv):
         if argument.startswith("--config="):
-            return argument.removeprefix("--config=")
-        if argument == "--config" and position + 1 < len(argv):
-            return argv[position + 1]
-    return None
+            paths.append(argument.removeprefix("--config="))
+        elif argument == "--config" and position + 1 < len(argv):
+            paths.append(argv[position + 1])
+    if len(paths) > 1:
+        raise ValueError(
+            f"`--config` is given {len(paths)} times ({', '.join(paths)}), but only one file can be read: put all "
+            "settings into one, or give some as flags."
+        )
+    return paths[0] if paths else None
 
 
 def _as_flags(settings: dict[str, Any]) -> list[str]:
