@@ -18,6 +18,7 @@ from personvit_hf.person_images import load_person_images
 
 pytest.importorskip("gradio")
 from personvit_hf.app import PersonFinder, launch_app, named_sources  # noqa: E402
+from personvit_hf.app_page import RequestError  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -245,3 +246,10 @@ def test_sources_that_are_not_there_are_told_at_the_start(finder, tmp_path):
         PersonFinder({"m": str(tmp_path / "nowhere")}, {"g": DATA})
     with pytest.raises(FileNotFoundError, match="nowhere"):
         PersonFinder(model, {"g": str(tmp_path / "nowhere")})
+
+
+def test_a_gallery_of_broken_pictures_is_told(finder, tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"no picture")
+    broken = PersonFinder({"one": finder.models["one"].path}, {"broken": str(tmp_path)})
+    with pytest.raises(RequestError, match="No picture of this gallery can be read"):
+        broken._gallery("one", "broken")

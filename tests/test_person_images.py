@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from personvit_hf.person_images import (
     BrokenImage,
@@ -332,6 +332,36 @@ def test_budget_share_out_of_range(share):
 def test_split_broken_keeps_the_order():
     bad = broken(1, 2)
     assert split_broken(["a", bad[0], (1, 2), bad[1], "b"]) == (["a", (1, 2), "b"], bad)
+
+
+def test_odd_exif_costs_no_picture():
+    upright = np.random.default_rng(0).integers(0, 256, (40, 24, 3), dtype=np.uint8)
+    for orientation in range(10):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        exif[0x010F] = "maker"
+        content = io.BytesIO()
+        Image.fromarray(upright).save(content, "PNG", exif=exif)
+        expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(content.getvalue()))))
+        assert np.array_equal(decode_image(content.getvalue()), expected)
+    exif[0x0112] = 6
+    block = exif.tobytes()
+    place = block.index(bytes([0x01, 0x0F, 0x00, 0x02]))  # the maker's entry: its number, then its type
+    odd = block[: place + 3] + bytes([11, 0, 0, 0, 1]) + block[place + 8 :]  # one float, in place of text
+    content = io.BytesIO()
+    Image.fromarray(upright).save(content, "JPEG", exif=odd)
+    assert decode_image(content.getvalue()).shape == (24, 40, 3)
+    content = io.BytesIO()
+    Image.fromarray(upright).save(content, "JPEG", exif=b"Exif\0\0nonsense")
+    assert decode_image(content.getvalue()).shape == (40, 24, 3)
+
+
+def test_names_that_are_no_utf8_are_told(tmp_path):
+    (tmp_path / "a.png").write_bytes(picture())
+    with open(os.fsencode(tmp_path) + b"/\xe9.png", "wb") as file:
+        file.write(picture())
+    with pytest.warns(UserWarning, match="passed over 1 x"):
+        assert len(load_person_images(tmp_path)) == 1
 
 
 def test_a_benchmarks_tree_warns_of_its_test_pictures(tmp_path):

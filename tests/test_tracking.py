@@ -85,6 +85,9 @@ def test_no_boxes_no_features():
     for boxes in (np.zeros((0, 4)), [], np.zeros((0, 6))):
         assert embedder.get_features(boxes, frame).shape == (0, 32)
     assert embedder.predict([]) == []
+    for crop in (np.zeros((9, 5, 4), np.uint8), np.zeros((9, 5), np.uint8), np.zeros((9, 5, 3))):
+        with pytest.raises(ValueError, match=r"`crops\[1\]` must be uint8 \(height, width, 3\) BGR, got"):
+            embedder.predict([np.zeros((9, 5, 3), np.uint8), crop])
 
 
 @pytest.mark.parametrize(

@@ -203,6 +203,8 @@ class PersonFinder:
             pictures = load_gallery_images(source, None)
         embeddings = embed_images(network, processor, pictures, max_broken_share=1.0)
         rows = np.flatnonzero(~np.isnan(embeddings[:, 0]))
+        if not rows.size:
+            raise RequestError("No picture of this gallery can be read.")
         columns = _columns(pictures)
         names = [_caption(columns, i) or f"picture {i}" for i in rows]
         return _Gallery(PersonImages(pictures), rows, names, ExactIndex(embeddings[rows], {}))

@@ -255,9 +255,9 @@ def _absolute(name_or_path: str) -> str:
     return str(path.resolve() if path.is_dir() else path.parent.resolve() / path.name)
 
 
-def _printable(line: str) -> str:
-    """What files from elsewhere tell, without what would steer a terminal."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
+def _printable(text: str) -> str:
+    """What files from elsewhere tell, line by line, without what would steer a terminal."""
+    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
 
 
 def _print_figures(figures: dict) -> None:
@@ -332,7 +332,7 @@ def serve(
         typer.Option(help="Images, a labelled data set, or a folder that `personvit embed` made; as NAME=PATH too."),
     ],
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
-    port: Annotated[int | None, typer.Option(help="7860 or the next free one if not given.")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="7860 or the next free one if not given.")] = None,
 ) -> None:
     """Serve a page that searches a gallery for a person and shows what the model sees."""
     from .app import PersonFinder, launch_app, named_sources
@@ -355,7 +355,7 @@ def prepare(
     from .preparing import prepare_dataset
 
     report = prepare_dataset(source, out, root, shard_images=shard_images, progress=sys.stderr.isatty())
-    typer.echo(f"{out}: {report}")
+    typer.echo(_printable(f"{out}: {report}"))
 
 
 @data_app.command()
@@ -375,6 +375,7 @@ def select(
     seed: Annotated[int, typer.Option(help="Seed of the random choice.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images a forward pass.")] = 64,
     num_workers: Annotated[int, typer.Option(help="Processes that load images.")] = 2,
+    max_broken_share: Annotated[float, typer.Option(help="Largest share of broken images in a shard.")] = 0.01,
 ) -> None:
     """Choose images to pre-train on: an index of rows and scores, nothing copied."""
     from .person_images import load_person_images, require_no_index
@@ -385,7 +386,8 @@ def select(
     require_no_index(data)
     data = _absolute(data)
     images = load_person_images(data)
-    options = {"batch_size": batch_size, "num_workers": num_workers, "progress": sys.stderr.isatty()}
+    options = {"batch_size": batch_size, "num_workers": num_workers, "max_broken_share": max_broken_share}
+    options["progress"] = sys.stderr.isatty()
     folders = {
         role: _embedded(name, images, data, out.with_suffix(f".{role}"), **options)
         for role, name in (("generic", generic), ("adapted", adapted))
@@ -449,7 +451,7 @@ def from_video(
         blur_heads,
         progress=sys.stderr.isatty(),
     )
-    typer.echo(f"{out}: {report}")
+    typer.echo(_printable(f"{out}: {report}"))
 
 
 def _embedded(name: str, images: Any, data: str, folder: Path, **options: Any) -> Any:
@@ -474,7 +476,7 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        typer.echo("\n".join(map(_printable, f"personvit: {error}".split("\n"))), err=True)
+        typer.echo(_printable(f"personvit: {error}"), err=True)
         sys.exit(1)
 
 

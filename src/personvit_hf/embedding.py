@@ -16,7 +16,7 @@ import datasets
 import numpy as np
 import pyarrow.compute as pc
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from pyarrow import ArrowInvalid, Table, concat_tables, int64, parquet, string
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -51,13 +51,13 @@ class _ProcessedImages(torch.utils.data.Dataset):
             return image
         name = str(image) if isinstance(image, str | os.PathLike) else f"image {index}"
         if isinstance(image, np.ndarray):
-            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3, 4):
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
                 raise ValueError(f"{name} must be (height, width, 3) of uint8, got {image.shape} of {image.dtype}.")
             image = np.ascontiguousarray(image)
         else:
             is_open = isinstance(image, Image.Image)
             try:
-                image = rgb_pixels(ImageOps.exif_transpose(image)) if is_open else decode_image(image, name)
+                image = rgb_pixels(image) if is_open else decode_image(image, name)
             except (ValueError, OSError) as error:
                 return BrokenImage(name, f"{name}: {error}" if is_open else str(error))
         # a picture 1, 3 or 4 pixels high could be taken for one with channels first

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from datasets.data_files import DataFilesDict, get_data_patterns, sanitize_patterns
 from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCard
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from .file_trees import (
     ARCHIVE_SUFFIXES,
@@ -82,8 +82,7 @@ def load_person_images(
         ValueError: Nothing usable is in it; the message names the path.
 
     Warns:
-        UserWarning: Members of an archive are passed over (links, unsafe names, cut off); it counts and names them. Or
-            a folder has the test pictures of a benchmark beside its training pictures.
+        UserWarning: Files are passed over, which it counts and names; or test pictures of a benchmark are read, too.
     """
     source = resolve_source(luperson_path(name_or_path, root) if root is not None else name_or_path)
     if isinstance(source, str):
@@ -103,8 +102,7 @@ def load_person_images(
                     f"{tree.path}: a compressed tar can't be read out of order; turn it into parquet with "
                     "`personvit data prepare`, or unpack it to a plain .tar."
                 )
-            if tree.kind != "folder":
-                warn_of_skipped(tree)
+            warn_of_skipped(tree)
             addresses += [tree.address(name) for name in image_names(tree)]
         rows = datasets.Dataset.from_dict({"image": addresses}, datasets.Features({"image": datasets.Value("string")}))
     if not len(rows):
@@ -257,7 +255,6 @@ def decode_image(
         with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as picture:
             width, height = picture.size
             if width * height <= max_pixels:
-                ImageOps.exif_transpose(picture, in_place=True)
                 return rgb_pixels(picture)
     except UnidentifiedImageError as error:
         kinds = ", ".join(IMAGE_FORMATS)
@@ -271,8 +268,19 @@ def decode_image(
     )
 
 
+# what undoes EXIF's orientations 2 to 8
+_UPRIGHT = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
+
+
 def rgb_pixels(picture: Image.Image) -> np.ndarray:
-    """(height, width, 3) uint8 RGB of a PIL image of any mode."""
+    """(height, width, 3) uint8 RGB of a PIL image of any mode, turned upright by its EXIF orientation."""
+    picture.load()  # EXIF can follow the pixels
+    try:
+        orientation = picture.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # EXIF of any origin; it says nothing of the pixels
+        orientation = None
+    if orientation in range(2, 9):  # ImageOps.exif_transpose fails where some other tag can't be written again
+        picture = picture.transpose(Image.Transpose[_UPRIGHT[orientation - 2]])
     if picture.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255 and not scale
         grey = (np.asarray(picture) >> 8).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)

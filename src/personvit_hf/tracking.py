@@ -76,11 +76,7 @@ class TrackerEmbedder:
             ValueError: The frame is no such image, or the boxes are no such array, not finite, or have right before
                 left or bottom above top, as boxes of another format do.
         """
-        if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
-            raise ValueError(
-                f"`frame` must be uint8 (height, width, 3) BGR, got {getattr(frame, 'dtype', type(frame).__name__)} "
-                f"{getattr(frame, 'shape', '')}."
-            )
+        _require_bgr("frame", frame)
         boxes = np.asarray(boxes, np.float64)
         if boxes.size == 0:
             return np.zeros((0, self.model.config.hidden_size), np.float32)
@@ -104,7 +100,12 @@ class TrackerEmbedder:
 
         Returns:
             One float32 (hidden,) of length 1 for each.
+
+        Raises:
+            ValueError: A crop is no such image.
         """
+        for index, crop in enumerate(crops):
+            _require_bgr(f"crops[{index}]", crop)
         return list(self._embed(list(crops)))
 
     def _embed(self, crops: list[np.ndarray]) -> np.ndarray:
@@ -113,6 +114,14 @@ class TrackerEmbedder:
         black = np.zeros((*BOXMOT_SIZE, 3), np.uint8)
         pictures = [np.ascontiguousarray(crop[:, :, ::-1]) if crop.size else black for crop in crops]
         return embed_images(self.model, self.processor, pictures, batch_size=self.batch_size)
+
+
+def _require_bgr(name: str, image: np.ndarray) -> None:
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(
+            f"`{name}` must be uint8 (height, width, 3) BGR, got {getattr(image, 'dtype', type(image).__name__)} "
+            f"{getattr(image, 'shape', '')}."
+        )
 
 
 class _FromBoxMOT(nn.Module):
