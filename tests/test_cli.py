@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from zipfile import ZipFile
 
 import datasets
 import numpy as np
@@ -198,6 +199,12 @@ def test_what_is_told_of_a_foreign_gallery_cannot_steer_the_terminal(checkpoint,
     parquet.write_table(Table.from_pydict({"row": [0], "name": ["é\x07\r\n   2  1.0000  b.png"]}), shard)
     search = ["search", "--gallery", tmp_path / "gallery", "--query", tmp_path / "images" / "a.png"]
     assert invoke(*search).stdout.splitlines()[1:] == ["   1  1.0000  é\\x07\\r\\n   2  1.0000  b.png"]
+
+    with ZipFile(tmp_path / "odd.zip", "w") as archive:
+        archive.writestr("\x1b[31mred\x07.txt", b"")
+        archive.write(tmp_path / "images" / "a.png", "a.png")
+    told = invoke("data", "prepare", tmp_path / "odd.zip", "--out", tmp_path / "prepared").stdout
+    assert "kept 1" in told and "red" in told and told.replace("\n", "").isprintable()
 
     def fail():
         raise ValueError("gallery of \x1b]0;title\x07\nsecond line")

@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -197,6 +198,21 @@ def test_the_command_from_checkpoints_to_an_index(crops, tmp_path):
     process = subprocess.run(command, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     assert "7 images: kept" in process.stdout and "1 near-duplicates" in process.stdout
+    broken = tmp_path / "broken"
+    shutil.copytree(crops, broken)
+    (broken / "zz.png").write_bytes(b"no picture")
+    again = [
+        *map(str, command[:3]),
+        broken,
+        "--out",
+        tmp_path / "b.parquet",
+        *command[6:],
+        "--max-broken-share",
+        "0.2",
+    ]
+    process = subprocess.run(again, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert "left out 1 broken" in process.stdout
     table = pq.read_table(index).to_pydict()
     assert {table["duplicate_of"][0], table["duplicate_of"][6]} == {-1, 6} or table["duplicate_of"][6] == 0
     assert len(load_person_images(index)) == sum(table["kept"]) <= 6

@@ -255,9 +255,13 @@ def _absolute(name_or_path: str) -> str:
     return str(path.resolve() if path.is_dir() else path.parent.resolve() / path.name)
 
 
-def _printable(text: str) -> str:
-    """What files from elsewhere tell, line by line, without what would steer a terminal."""
-    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
+def _printable(line: str) -> str:
+    """What files from elsewhere tell, without what would steer a terminal."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
+
+
+def _printable_lines(text: str) -> str:
+    return "\n".join(map(_printable, text.split("\n")))
 
 
 def _print_figures(figures: dict) -> None:
@@ -355,7 +359,7 @@ def prepare(
     from .preparing import prepare_dataset
 
     report = prepare_dataset(source, out, root, shard_images=shard_images, progress=sys.stderr.isatty())
-    typer.echo(_printable(f"{out}: {report}"))
+    typer.echo(_printable_lines(f"{out}: {report}"))
 
 
 @data_app.command()
@@ -451,7 +455,7 @@ def from_video(
         blur_heads,
         progress=sys.stderr.isatty(),
     )
-    typer.echo(_printable(f"{out}: {report}"))
+    typer.echo(_printable_lines(f"{out}: {report}"))
 
 
 def _embedded(name: str, images: Any, data: str, folder: Path, **options: Any) -> Any:
@@ -476,7 +480,7 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        typer.echo(_printable(f"personvit: {error}"), err=True)
+        typer.echo(_printable_lines(f"personvit: {error}"), err=True)
         sys.exit(1)
 
 
