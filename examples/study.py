@@ -39,15 +39,20 @@ from personvit_hf.scripting import option, parse_arguments, read_settings, score
 
 EXAMPLES = Path(__file__).resolve().parent
 PARTS = ("objective", "epochs", "data", "robustness", "recipe")
+MASKS = {"mask_ratios": [0.0, 0.3], "mask_ratio_spreads": [0.0, 0.2]}
 # each without what serves the other alone: masks, or local crops and the KoLeo loss of [CLS] features
 OBJECTIVES = {
-    "DINO + MIM": {},
+    "DINO + MIM": {"config_overrides": {"mim_loss_weight": 1.0}, **MASKS},
     "DINO alone": {
         "config_overrides": {"mim_loss_weight": 0.0},
         "mask_ratios": [0.0],
         "mask_ratio_spreads": [0.0],
     },
-    "MIM alone": {"config_overrides": {"dino_loss_weight": 0.0, "koleo_loss_weight": 0.0}, "num_local_crops": 0},
+    "MIM alone": {
+        "config_overrides": {"mim_loss_weight": 1.0, "dino_loss_weight": 0.0, "koleo_loss_weight": 0.0},
+        "num_local_crops": 0,
+        **MASKS,
+    },
 }
 SHIFTS = (0.1, 0.2)
 COVERED = (0.2, 0.4)
@@ -68,7 +73,7 @@ CHANGES = {
     "twice the learning rate": {"learning_rate": 0.0112},
     "no local crops": {"num_local_crops": 0},
     "8 local crops": {"num_local_crops": 8},
-    "half of the patches masked": {"mask_ratios": [0.0, 0.5]},
+    "MIM, too": OBJECTIVES["DINO + MIM"],
     "global crops from 0.2": {"global_scale": [0.2, 1.0]},
     "global crops from 0.7": {"global_scale": [0.7, 1.0]},
     "crops of one aspect": {"aspect_ratio": [0.5, 0.5]},
@@ -178,7 +183,7 @@ def models_of(args: StudyArguments, part: str) -> Iterator[Model]:
                 "epochs": max(1, round(epochs / share)),
             }
             if share == 1:
-                yield Model("100%", whole["DINO + MIM"].folder, whole["DINO + MIM"].settings)
+                yield Model("100%", "data-1", {"epochs": epochs})
                 continue
             yield Model(f"{share:.0%} at random", f"data-{share:g}", settings, share)
             if share == args.cfs_share:
