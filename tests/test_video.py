@@ -9,6 +9,7 @@ import cv2
 import datasets
 import filelock
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torchvision.models import get_model
@@ -153,6 +154,23 @@ def test_killed_run_goes_on(people, tmp_path):
     whole = crops_from_videos([people[0]], tmp_path / "whole", [people[1]], rules=RULES)
     assert whole.skipped == report.skipped
     assert load_person_images(out)["image"] == load_person_images(tmp_path / "whole")["image"]
+
+
+def test_chunks_without_a_crop(people, tmp_path):
+    boxes = [entry for entry in json.loads(people[1].read_text()) if 18 <= entry["frame"] <= 28]  # of chunks of 15
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    out, arguments = tmp_path / "out", ([people[0]], tmp_path / "out", [tmp_path / "boxes.json"])
+    report = crops_from_videos(*arguments, rules=RULES)
+    assert report.kept == 6 and report.new_chunks == 3
+    assert [pq.read_metadata(file).num_row_groups for file in sorted(out.glob("train-*.parquet"))] == [0, 1, 0]
+    assert len(load_person_images(out)["image"]) == len(datasets.load_dataset(str(out), split="train")) == 6
+    stream = load_person_stream(out)
+    assert len([row for piece in stream.pieces for row in stream.read(piece, 0, piece.num_rows)]) == 6
+    first = out / "train-0000-00000.parquet"
+    pq.write_table(pq.read_table(first), first)  # as earlier versions did: a row group without rows
+    assert crops_from_videos(*arguments, rules=RULES).new_chunks == 1
+    assert pq.read_metadata(first).num_row_groups == 0
+    assert crops_from_videos(*arguments, rules=RULES).new_chunks == 0
 
 
 def test_other_settings_and_two_processes(people, tmp_path):

@@ -386,7 +386,9 @@ def _write_shard(path: Path, rows: list[dict], told: dict) -> None:
     metadata = {**(table.schema.metadata or {}), _METADATA: json.dumps(told).encode()}
     try:
         with written_aside(path, overwrite=True) as part:
-            pq.write_table(table.replace_schema_metadata(metadata), part)
+            with pq.ParquetWriter(part, table.schema.with_metadata(metadata)) as writer:
+                if rows:  # `datasets` can't read a row group without rows; a file without a row group it can
+                    writer.write_table(table.replace_schema_metadata(metadata))
     except OSError as error:
         raise OSError(
             error.errno,
@@ -397,7 +399,10 @@ def _write_shard(path: Path, rows: list[dict], told: dict) -> None:
 def _finished(path: Path) -> dict | None:
     """What is told of a chunk that is there, or None if it must be written."""
     try:
-        return json.loads(pq.read_schema(path).metadata[_METADATA])
+        content = pq.read_metadata(path)
+        if content.num_row_groups and not content.num_rows:  # see `_write_shard`, which once wrote such files
+            return None
+        return json.loads(content.metadata[_METADATA])
     except (OSError, pa.ArrowInvalid, KeyError, TypeError, ValueError):
         return None
 
