@@ -97,6 +97,38 @@ def test_mot_ids_and_two_videos(people, tmp_path):
     ]  # fmt: skip
 
 
+def test_chunks_are_read_in_one_go(people, tmp_path, monkeypatch):
+    grabbed, real = [], cv2.VideoCapture
+
+    class Capture:
+        def __init__(self, *arguments):
+            self.capture = real(*arguments)
+            self.read, self.retrieve, self.release = self.capture.read, self.capture.retrieve, self.capture.release
+
+        def grab(self):
+            grabbed.append(1)
+            return self.capture.grab()
+
+    frames = VideoFrames(people[0])
+    whole = dict(frames.read(lambda number: True, 1, NUM_FRAMES + 1))
+    monkeypatch.setattr(cv2, "VideoCapture", Capture)
+    for start, stop, grabs in ((10, 20, 19), (20, 30, 10), (35, 38, 8), (37, 38, 37), (3, 4, 3), (4, 41, 37)):
+        found = dict(frames.read(lambda number: True, start, stop))
+        assert list(found) == list(range(start, stop))
+        assert all(np.array_equal(found[number], whole[number]) for number in found)
+        assert len(grabbed) == grabs
+        grabbed.clear()
+    assert max(number for number, _ in frames.read(lambda number: True, 30, 99)) == NUM_FRAMES
+    pairs = zip(*(frames.read(lambda number: True, start, 9) for start in (1, 5)), strict=False)  # in turns
+    assert all(np.array_equal(frame, whole[number]) for pair in pairs for number, frame in pair)
+    grabbed.clear()
+    boxes = [entry for entry in json.loads(people[1].read_text()) if entry["frame"] <= 20]
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    rules = CropRules(min_height=40, min_track_boxes=3, every=1, min_sharpness=10)
+    assert crops_from_videos([people[0]], tmp_path / "out", [tmp_path / "boxes.json"], rules=rules).kept == 40
+    assert len(grabbed) == NUM_FRAMES + 20  # to count the frames, and up to the last wanted
+
+
 def test_heads_are_blurred(people, tmp_path):
     for name, blurred in (("sharp", False), ("blurred", True)):
         crops_from_videos([people[0]], tmp_path / name, [people[1]], rules=RULES, blur_heads=blurred)
