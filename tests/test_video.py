@@ -9,6 +9,7 @@ import cv2
 import datasets
 import filelock
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torchvision.models import get_model
@@ -96,6 +97,38 @@ def test_mot_ids_and_two_videos(people, tmp_path):
     ]  # fmt: skip
 
 
+def test_chunks_are_read_in_one_go(people, tmp_path, monkeypatch):
+    grabbed, real = [], cv2.VideoCapture
+
+    class Capture:
+        def __init__(self, *arguments):
+            self.capture = real(*arguments)
+            self.read, self.retrieve, self.release = self.capture.read, self.capture.retrieve, self.capture.release
+
+        def grab(self):
+            grabbed.append(1)
+            return self.capture.grab()
+
+    frames = VideoFrames(people[0])
+    whole = dict(frames.read(lambda number: True, 1, NUM_FRAMES + 1))
+    monkeypatch.setattr(cv2, "VideoCapture", Capture)
+    for start, stop, grabs in ((10, 20, 19), (20, 30, 10), (35, 38, 8), (37, 38, 37), (3, 4, 3), (4, 41, 37)):
+        found = dict(frames.read(lambda number: True, start, stop))
+        assert list(found) == list(range(start, stop))
+        assert all(np.array_equal(found[number], whole[number]) for number in found)
+        assert len(grabbed) == grabs
+        grabbed.clear()
+    assert max(number for number, _ in frames.read(lambda number: True, 30, 99)) == NUM_FRAMES
+    pairs = zip(*(frames.read(lambda number: True, start, 9) for start in (1, 5)), strict=False)  # in turns
+    assert all(np.array_equal(frame, whole[number]) for pair in pairs for number, frame in pair)
+    grabbed.clear()
+    boxes = [entry for entry in json.loads(people[1].read_text()) if entry["frame"] <= 20]
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    rules = CropRules(min_height=40, min_track_boxes=3, every=1, min_sharpness=10)
+    assert crops_from_videos([people[0]], tmp_path / "out", [tmp_path / "boxes.json"], rules=rules).kept == 40
+    assert len(grabbed) == NUM_FRAMES + 20  # to count the frames, and up to the last wanted
+
+
 def test_heads_are_blurred(people, tmp_path):
     for name, blurred in (("sharp", False), ("blurred", True)):
         crops_from_videos([people[0]], tmp_path / name, [people[1]], rules=RULES, blur_heads=blurred)
@@ -153,6 +186,23 @@ def test_killed_run_goes_on(people, tmp_path):
     whole = crops_from_videos([people[0]], tmp_path / "whole", [people[1]], rules=RULES)
     assert whole.skipped == report.skipped
     assert load_person_images(out)["image"] == load_person_images(tmp_path / "whole")["image"]
+
+
+def test_chunks_without_a_crop(people, tmp_path):
+    boxes = [entry for entry in json.loads(people[1].read_text()) if 18 <= entry["frame"] <= 28]  # of chunks of 15
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    out, arguments = tmp_path / "out", ([people[0]], tmp_path / "out", [tmp_path / "boxes.json"])
+    report = crops_from_videos(*arguments, rules=RULES)
+    assert report.kept == 6 and report.new_chunks == 3
+    assert [pq.read_metadata(file).num_row_groups for file in sorted(out.glob("train-*.parquet"))] == [0, 1, 0]
+    assert len(load_person_images(out)["image"]) == len(datasets.load_dataset(str(out), split="train")) == 6
+    stream = load_person_stream(out)
+    assert len([row for piece in stream.pieces for row in stream.read(piece, 0, piece.num_rows)]) == 6
+    first = out / "train-0000-00000.parquet"
+    pq.write_table(pq.read_table(first), first)  # as earlier versions did: a row group without rows
+    assert crops_from_videos(*arguments, rules=RULES).new_chunks == 1
+    assert pq.read_metadata(first).num_row_groups == 0
+    assert crops_from_videos(*arguments, rules=RULES).new_chunks == 0
 
 
 def test_other_settings_and_two_processes(people, tmp_path):

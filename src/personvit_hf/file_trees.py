@@ -262,8 +262,10 @@ class LmdbTree(FileTree):
         except ImportError as error:
             raise ImportError(f"{path}: an LMDB needs the package lmdb: pip install 'personvit-hf[lmdb]'.") from error
         try:
-            with self._open() as database, database.begin() as transaction, transaction.cursor() as cursor:
-                keys = [bytes(key) for key in cursor.iternext(keys=True, values=False)]
+            with self._open() as database:
+                self._require_whole(database)
+                with database.begin() as transaction, transaction.cursor() as cursor:
+                    keys = [bytes(key) for key in cursor.iternext(keys=True, values=False)]
         except lmdb.Error as error:
             raise ValueError(f"{path}: no LMDB that can be read ({error}). Fetch it again.") from error
         for key in keys:
@@ -281,6 +283,14 @@ class LmdbTree(FileTree):
             if len(content) > MAX_FILE_BYTES:
                 raise self._unreadable(name, "file too large", f"{len(content)} bytes")
             return bytes(content)
+
+    def _require_whole(self, database: Any) -> None:
+        """LMDB reads through a mapping of the file: a page behind its end kills the process (SIGBUS)."""
+        expected = (database.info()["last_pgno"] + 1) * database.stat()["psize"]
+        file = self.path / "data.mdb" if self.path.is_dir() else self.path
+        found = file.stat().st_size
+        if found < expected:
+            raise ValueError(f"{file}: an LMDB that is cut off ({found} of {expected} bytes). Fetch it again.")
 
     def _open(self) -> Any:
         """Opened for each use: LMDB refuses to open a file twice in a process or its forks, and mapping is cheap."""

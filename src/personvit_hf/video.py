@@ -117,6 +117,8 @@ class VideoFrames:
             raise ValueError(f"{path}: no video that can be read.")
         self.size = first.shape[:2]
         self.count = self._counted(capture)
+        self._capture: cv2.VideoCapture | None = None
+        self._grabbed = 0  # the number of the frame that it is at
 
     def _counted(self, capture: cv2.VideoCapture) -> int:
         """Number of frames; by reading them, since what a file says of itself may be wrong, or cut off."""
@@ -127,18 +129,34 @@ class VideoFrames:
         return count
 
     def read(self, wanted: Callable[[int], bool], start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
-        """(number from 1, uint8 RGB (height, width, 3)) of the wanted frames from `start` up to before `stop`."""
-        capture = cv2.VideoCapture(str(self.path), cv2.CAP_FFMPEG)
-        try:
-            for number in range(1, stop):
-                if not capture.grab():  # seeking is not exact in all formats
-                    return
-                if number >= start and wanted(number):
-                    good, frame = capture.retrieve()
-                    if good:
-                        yield number, cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
-        finally:
-            capture.release()
+        """(number from 1, uint8 RGB (height, width, 3)) of the wanted frames from `start` up to before `stop`.
+
+        The file stays open until `close`, so that calls for later and later frames decode each frame once.
+        """
+        for number in filter(wanted, range(start, stop)):
+            if not self._go_to(number):
+                return
+            good, frame = self._capture.retrieve()
+            if good:
+                yield number, cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+
+    def close(self) -> None:
+        """Lets go of the file and its decoder; the next `read` opens it anew."""
+        if self._capture is not None:
+            self._capture.release()
+        self._capture = None
+
+    def _go_to(self, number: int) -> bool:
+        """Whether a frame is there; by way of all before it, since seeking is not exact in all formats."""
+        if self._capture is None or number <= self._grabbed:
+            self.close()
+            self._capture, self._grabbed = cv2.VideoCapture(str(self.path), cv2.CAP_FFMPEG), 0
+        while self._grabbed < number:
+            if not self._capture.grab():
+                self.close()
+                return False
+            self._grabbed += 1
+        return True
 
 
 def crops_from_videos(
@@ -257,6 +275,7 @@ def _detect(video: VideoFrames, index: int, detector: PersonDetector, stride: in
             chunk = read_boxes(file)
             columns = (chunk.frames, chunk.boxes, chunk.scores, chunk.track_ids)
             rows += zip(*(column.tolist() for column in columns), strict=True)
+    video.close()
     return Boxes.from_rows(rows)
 
 
@@ -315,6 +334,7 @@ def _write_crops(
             report.skipped.update(told["skipped"])
             seen |= set(told["tracks"])
             bar.update(stop - start)
+    video.close()
     report.tracks += len(seen)
 
 
@@ -386,7 +406,9 @@ def _write_shard(path: Path, rows: list[dict], told: dict) -> None:
     metadata = {**(table.schema.metadata or {}), _METADATA: json.dumps(told).encode()}
     try:
         with written_aside(path, overwrite=True) as part:
-            pq.write_table(table.replace_schema_metadata(metadata), part)
+            with pq.ParquetWriter(part, table.schema.with_metadata(metadata)) as writer:
+                if rows:  # `datasets` can't read a row group without rows; a file without a row group it can
+                    writer.write_table(table.replace_schema_metadata(metadata))
     except OSError as error:
         raise OSError(
             error.errno,
@@ -397,7 +419,10 @@ def _write_shard(path: Path, rows: list[dict], told: dict) -> None:
 def _finished(path: Path) -> dict | None:
     """What is told of a chunk that is there, or None if it must be written."""
     try:
-        return json.loads(pq.read_schema(path).metadata[_METADATA])
+        content = pq.read_metadata(path)
+        if content.num_row_groups and not content.num_rows:  # see `_write_shard`, which once wrote such files
+            return None
+        return json.loads(content.metadata[_METADATA])
     except (OSError, pa.ArrowInvalid, KeyError, TypeError, ValueError):
         return None
 
