@@ -16,7 +16,7 @@ import filelock
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from layouts import DUKE, jpegs, msmt17, picture, to_archive, to_folder
+from layouts import DUKE, MARKET, jpegs, msmt17, picture, to_archive, to_folder
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -198,6 +198,16 @@ def test_command_and_load_dataset(tmp_path):
     plain = datasets.load_dataset(str(out))["gallery"].cast_column("image", datasets.Image(decode=False))
     assert plain[1]["image"]["bytes"] == jpegs(DUKE)[DUKE[2]]
     assert json.loads((out / "report.json").read_text())["kept"] == {"train": 1, "query": 1, "gallery": 2}
+
+
+@pytest.mark.parametrize("name", ["Market-1501-v15.09.15", "./market1501", "market1501/", "Duke"])
+def test_benchmark_folder_beside_us(tmp_path, monkeypatch, name):
+    """A path that is there is that folder, though a benchmark is called so, too."""
+    to_folder(tmp_path / name, jpegs(MARKET))
+    monkeypatch.chdir(tmp_path)
+    assert prepare_dataset(name, "out").kept == {"train": 2, "query": 1, "gallery": 3}
+    with pytest.warns(UserWarning, match="is not complete"):
+        assert prepare_dataset(name, "by_root", ".").kept == {"train": 2, "query": 1, "gallery": 3}
 
 
 def test_killed_run_goes_on(tmp_path):

@@ -144,13 +144,16 @@ def _plan(
     name_or_path: str | os.PathLike, root: str | os.PathLike | None, report: PrepareReport
 ) -> dict[str, list[_Row]]:
     """The rows of each split, in their order; what isn't one of them goes to the report."""
-    source = resolve_source(name_or_path) if root is None and not benchmarks_called(name_or_path) else None
+    # Without a root, a path that is there is meant as such: benchmarks lie in folders of their own names.
+    is_benchmark = bool(benchmarks_called(name_or_path)) and (
+        root is not None or not Path(name_or_path).expanduser().exists()
+    )
+    if is_benchmark and root is None:
+        raise FileNotFoundError(f"{name_or_path}: say where this benchmark lies (root).")
+    source = resolve_source(name_or_path) if root is None else None
     if isinstance(source, str):
         raise ValueError(f"{name_or_path}: on the Hub; only folders and archives of this machine are prepared.")
     labelled = None
-    is_benchmark = bool(benchmarks_called(name_or_path)) and not Path(name_or_path).exists()
-    if is_benchmark and root is None:
-        raise FileNotFoundError(f"{name_or_path}: say where this benchmark lies (root).")
     if is_benchmark or (source is not None and _may_be_labelled(source)):
         labelled = labelled_files(name_or_path, root)
     if labelled is not None:
