@@ -210,6 +210,11 @@ def test_benchmark_folder_beside_us(tmp_path, monkeypatch, name):
         assert prepare_dataset(name, "by_root", ".").kept == {"train": 2, "query": 1, "gallery": 3}
 
 
+def test_unknown_name_with_root(small, tmp_path):
+    with pytest.raises(ValueError, match="market1502: no data set.*luperson, market1501, dukemtmc-reid, .*msmt17 for"):
+        prepare_dataset("market1502", tmp_path / "out", small)
+
+
 def test_killed_run_goes_on(tmp_path):
     to_folder(tmp_path / "in", jpegs(f"{index:04}.jpg" for index in range(300)))
     out = tmp_path / "out"

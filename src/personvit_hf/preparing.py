@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from .file_trees import ARCHIVE_SUFFIXES, FileTree, TarTree, UnreadableFile, is_lmdb
 from .person_images import decode_image, image_names, image_trees, luperson_path, resolve_source
 from .reid_data import labelled_files
-from .reid_layouts import benchmarks_called, warn_of_missing
+from .reid_layouts import BENCHMARKS, benchmarks_called, warn_of_missing
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +165,7 @@ def _plan(
             for split, rows in labelled.rows.items()
         }
     else:
-        trees = image_trees(luperson_path(name_or_path, root) if root is not None else source)
+        trees = image_trees(source if root is None else _luperson(name_or_path, root))
         splits = {"train": [_Row(tree, name, None) for tree in trees for name in image_names(tree)]}
     taken = {(id(row.tree), row.name) for rows in splits.values() for row in rows}
     for tree in trees:
@@ -180,6 +180,17 @@ def _plan(
     if not any(splits.values()):
         raise ValueError(f"{name_or_path}: no image in it.\n{report}")
     return splits
+
+
+def _luperson(name: str | os.PathLike, root: str | os.PathLike) -> Path:
+    try:
+        return luperson_path(name, root)
+    except ValueError:  # which tells of LUPerson alone
+        known = ", ".join(benchmark.name for benchmark in BENCHMARKS)
+        raise ValueError(
+            f"{name}: no data set of this name; `root` goes with luperson, {known}, and msmt17 for either version. "
+            "Correct the name, or give a path without `root`."
+        ) from None
 
 
 def _may_be_labelled(source: Path) -> bool:
