@@ -215,6 +215,33 @@ def test_unknown_name_with_root(small, tmp_path):
         prepare_dataset("market1502", tmp_path / "out", small)
 
 
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (jpegs(MARKET, "market1501/"), r"in/b/market1501 is a Market-1501 tree\. Give that path"),
+        (msmt17("mask_train_v2", "mask_test_V2"), "in/b is an MSMT17 tree"),
+        (jpegs(DUKE[1:], "half/"), "in/b/half is a Market-1501 tree"),
+    ],
+    ids=["market", "msmt17", "half"],
+)
+def test_folder_around_a_labelled_tree_is_refused(tmp_path, files, message):
+    to_folder(tmp_path / "in" / "b", files)
+    to_folder(tmp_path / "in", jpegs(["z/loose.jpg"]))
+    with pytest.raises(ValueError, match=message):
+        prepare_dataset(tmp_path / "in", tmp_path / "out")
+
+
+def test_folder_around_a_labelled_archive_is_refused(tmp_path):
+    to_archive(tmp_path / "in" / "m.zip", jpegs(MARKET, "Market/"))
+    with pytest.raises(ValueError, match=r"in/m\.zip is a Market-1501 tree"):
+        prepare_dataset(tmp_path / "in", tmp_path / "out")
+
+
+def test_folders_called_as_in_a_labelled_tree(tmp_path):
+    names = ("a/query/1.jpg", "b/train/2.jpg", "b/test/3.jpg", f"market/{MARKET[0]}", f"duke/{DUKE[0]}")
+    assert prepare_dataset(to_folder(tmp_path / "in", jpegs(names)), tmp_path / "out").kept == {"train": 5}
+
+
 def test_killed_run_goes_on(tmp_path):
     to_folder(tmp_path / "in", jpegs(f"{index:04}.jpg" for index in range(300)))
     out = tmp_path / "out"

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from .file_trees import ARCHIVE_SUFFIXES, FileTree, TarTree, UnreadableFile, is_lmdb
 from .person_images import decode_image, image_names, image_trees, luperson_path, resolve_source
 from .reid_data import labelled_files
-from .reid_layouts import BENCHMARKS, benchmarks_called, warn_of_missing
+from .reid_layouts import BENCHMARKS, benchmarks_called, require_no_layout, warn_of_missing
 
 logger = logging.getLogger(__name__)
 
@@ -117,8 +117,9 @@ def prepare_dataset(
         The report: every file of the source is kept or skipped for a reason.
 
     Raises:
-        FileNotFoundError, ValueError: As in `load_reid_dataset` and `load_person_images`; or `out` holds shards of
-            another source, another process is at work in it, or no image can be kept.
+        FileNotFoundError, ValueError: As in `load_reid_dataset` and `load_person_images`; or a folder holds a
+            Market-1501 or MSMT17 tree or archive, which must be given itself; or `out` holds shards of another source,
+            another process is at work in it, or no image can be kept.
         OSError: A shard can't be written, for want of space, say. The message tells how many are whole.
 
     Warns:
@@ -166,6 +167,8 @@ def _plan(
         }
     else:
         trees = image_trees(source if root is None else _luperson(name_or_path, root))
+        if root is None:
+            require_no_layout(trees)
         splits = {"train": [_Row(tree, name, None) for tree in trees for name in image_names(tree)]}
     taken = {(id(row.tree), row.name) for rows in splits.values() for row in rows}
     for tree in trees:
