@@ -16,7 +16,7 @@ import filelock
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from layouts import DUKE, jpegs, msmt17, picture, to_archive, to_folder
+from layouts import DUKE, MARKET, jpegs, msmt17, picture, to_archive, to_folder
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -198,6 +198,48 @@ def test_command_and_load_dataset(tmp_path):
     plain = datasets.load_dataset(str(out))["gallery"].cast_column("image", datasets.Image(decode=False))
     assert plain[1]["image"]["bytes"] == jpegs(DUKE)[DUKE[2]]
     assert json.loads((out / "report.json").read_text())["kept"] == {"train": 1, "query": 1, "gallery": 2}
+
+
+@pytest.mark.parametrize("name", ["Market-1501-v15.09.15", "./market1501", "market1501/", "Duke"])
+def test_benchmark_folder_beside_us(tmp_path, monkeypatch, name):
+    """A path that is there is that folder, though a benchmark is called so, too."""
+    to_folder(tmp_path / name, jpegs(MARKET))
+    monkeypatch.chdir(tmp_path)
+    assert prepare_dataset(name, "out").kept == {"train": 2, "query": 1, "gallery": 3}
+    with pytest.warns(UserWarning, match="is not complete"):
+        assert prepare_dataset(name, "by_root", ".").kept == {"train": 2, "query": 1, "gallery": 3}
+
+
+def test_unknown_name_with_root(small, tmp_path):
+    with pytest.raises(ValueError, match="market1502: no data set.*luperson, market1501, dukemtmc-reid, .*msmt17 for"):
+        prepare_dataset("market1502", tmp_path / "out", small)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (jpegs(MARKET, "market1501/"), r"in/b/market1501 is a Market-1501 tree\. Give that path"),
+        (msmt17("mask_train_v2", "mask_test_V2"), "in/b is an MSMT17 tree"),
+        (jpegs(DUKE[1:], "half/"), "in/b/half is a Market-1501 tree"),
+    ],
+    ids=["market", "msmt17", "half"],
+)
+def test_folder_around_a_labelled_tree_is_refused(tmp_path, files, message):
+    to_folder(tmp_path / "in" / "b", files)
+    to_folder(tmp_path / "in", jpegs(["z/loose.jpg"]))
+    with pytest.raises(ValueError, match=message):
+        prepare_dataset(tmp_path / "in", tmp_path / "out")
+
+
+def test_folder_around_a_labelled_archive_is_refused(tmp_path):
+    to_archive(tmp_path / "in" / "m.zip", jpegs(MARKET, "Market/"))
+    with pytest.raises(ValueError, match=r"in/m\.zip is a Market-1501 tree"):
+        prepare_dataset(tmp_path / "in", tmp_path / "out")
+
+
+def test_folders_called_as_in_a_labelled_tree(tmp_path):
+    names = ("a/query/1.jpg", "b/train/2.jpg", "b/test/3.jpg", f"market/{MARKET[0]}", f"duke/{DUKE[0]}")
+    assert prepare_dataset(to_folder(tmp_path / "in", jpegs(names)), tmp_path / "out").kept == {"train": 5}
 
 
 def test_killed_run_goes_on(tmp_path):

@@ -59,6 +59,34 @@ def test_every_row_in_order(tmp_path, make):
     )
 
 
+@pytest.mark.parametrize("change_at", [2, 7, 10])
+def test_tar_files_of_several_kinds_of_images(tmp_path, change_at):
+    """Within the samples that `datasets` takes the columns from, after them, and from one file to the next."""
+    names = [f"{index:03}.{'jpg' if index < change_at else 'PNG'}" for index in range(14)]
+    files = jpegs(names) | {"014.json": b"{}"}  # the last sample has no image
+    for number, part in enumerate((names[:10], names[10:], ["014.json"])):
+        to_archive(tmp_path / "in" / f"{number}.tar", {name: files[name] for name in reversed(part)})
+    images = load_person_stream(tmp_path / "in")
+    rows = [row for piece in images.pieces for row in images.read(piece, 0, piece.num_rows)]
+    assert [row["bytes"] for row in rows[:14]] == [picture(index) for index in range(14)] and rows[14] is None
+    assert [row["path"][-3:] for row in rows[:14]] == ["jpg"] * change_at + ["PNG"] * (14 - change_at)
+    part = images.read(images.pieces[0], 6, 9)
+    assert [row["bytes"] for row in part] == [picture(index) for index in (6, 7, 8)]
+
+
+@pytest.mark.parametrize("names", [["1.jpg", "1.png"], [f"{i}.jpg" for i in range(1, 8)] + ["8.png", "8.jpg"]])
+def test_tar_sample_of_several_images(tmp_path, names):
+    to_archive(tmp_path / "a.tar", dict(reversed(jpegs(names).items())))
+    with pytest.raises(ValueError, match=r"a\.tar.*several images: [18]\.jpg, [18]\.png"):
+        load_person_stream(tmp_path / "a.tar")
+
+
+def test_tar_files_without_images(tmp_path):
+    to_archive(tmp_path / "a.tar", jpegs(["1.c1.jpg", "2.c1.jpg"]))
+    with pytest.raises(ValueError, match=r"a\.tar: no image in its first 2 samples; .*\.jpg, .*no other dot"):
+        load_person_stream(tmp_path / "a.tar")
+
+
 @pytest.mark.parametrize("make", [webdataset, parquet])
 @pytest.mark.parametrize(("start", "stop"), [(0, 1), (1, 3), (2, 2), (3, 4)])
 def test_part_of_a_piece(tmp_path, make, start, stop):

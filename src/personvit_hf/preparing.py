@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from .file_trees import ARCHIVE_SUFFIXES, FileTree, TarTree, UnreadableFile, is_lmdb
 from .person_images import decode_image, image_names, image_trees, luperson_path, resolve_source
 from .reid_data import labelled_files
-from .reid_layouts import benchmarks_called, warn_of_missing
+from .reid_layouts import BENCHMARKS, benchmarks_called, require_no_layout, warn_of_missing
 
 logger = logging.getLogger(__name__)
 
@@ -117,8 +117,9 @@ def prepare_dataset(
         The report: every file of the source is kept or skipped for a reason.
 
     Raises:
-        FileNotFoundError, ValueError: As in `load_reid_dataset` and `load_person_images`; or `out` holds shards of
-            another source, another process is at work in it, or no image can be kept.
+        FileNotFoundError, ValueError: As in `load_reid_dataset` and `load_person_images`; or a folder holds a
+            Market-1501 or MSMT17 tree or archive, which must be given itself; or `out` holds shards of another source,
+            another process is at work in it, or no image can be kept.
         OSError: A shard can't be written, for want of space, say. The message tells how many are whole.
 
     Warns:
@@ -144,13 +145,16 @@ def _plan(
     name_or_path: str | os.PathLike, root: str | os.PathLike | None, report: PrepareReport
 ) -> dict[str, list[_Row]]:
     """The rows of each split, in their order; what isn't one of them goes to the report."""
-    source = resolve_source(name_or_path) if root is None and not benchmarks_called(name_or_path) else None
+    # Without a root, a path that is there is meant as such: benchmarks lie in folders of their own names.
+    is_benchmark = bool(benchmarks_called(name_or_path)) and (
+        root is not None or not Path(name_or_path).expanduser().exists()
+    )
+    if is_benchmark and root is None:
+        raise FileNotFoundError(f"{name_or_path}: say where this benchmark lies (root).")
+    source = resolve_source(name_or_path) if root is None else None
     if isinstance(source, str):
         raise ValueError(f"{name_or_path}: on the Hub; only folders and archives of this machine are prepared.")
     labelled = None
-    is_benchmark = bool(benchmarks_called(name_or_path)) and not Path(name_or_path).exists()
-    if is_benchmark and root is None:
-        raise FileNotFoundError(f"{name_or_path}: say where this benchmark lies (root).")
     if is_benchmark or (source is not None and _may_be_labelled(source)):
         labelled = labelled_files(name_or_path, root)
     if labelled is not None:
@@ -162,7 +166,9 @@ def _plan(
             for split, rows in labelled.rows.items()
         }
     else:
-        trees = image_trees(luperson_path(name_or_path, root) if root is not None else source)
+        trees = image_trees(source if root is None else _luperson(name_or_path, root))
+        if root is None:
+            require_no_layout(trees)
         splits = {"train": [_Row(tree, name, None) for tree in trees for name in image_names(tree)]}
     taken = {(id(row.tree), row.name) for rows in splits.values() for row in rows}
     for tree in trees:
@@ -177,6 +183,17 @@ def _plan(
     if not any(splits.values()):
         raise ValueError(f"{name_or_path}: no image in it.\n{report}")
     return splits
+
+
+def _luperson(name: str | os.PathLike, root: str | os.PathLike) -> Path:
+    try:
+        return luperson_path(name, root)
+    except ValueError:  # which tells of LUPerson alone
+        known = ", ".join(benchmark.name for benchmark in BENCHMARKS)
+        raise ValueError(
+            f"{name}: no data set of this name; `root` goes with luperson, {known}, and msmt17 for either version. "
+            "Correct the name, or give a path without `root`."
+        ) from None
 
 
 def _may_be_labelled(source: Path) -> bool:

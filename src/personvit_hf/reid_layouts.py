@@ -163,6 +163,26 @@ def find_layout(tree: FileTree) -> LabelledFiles | None:
     return None
 
 
+def require_no_layout(trees: Sequence[FileTree]) -> None:
+    """Raises a ValueError if a Market-1501 or MSMT17 tree lies in one of them, at any depth that archives may have.
+
+    Training pictures alone (bounding_box_train) are no such tree: there are no test pictures to keep apart.
+    """
+    found = []
+    for tree in trees:
+        for version in (None, *MSMT17_FOLDERS) if tree.kind != "lmdb" else ():
+            for prefix in _prefixes(tree, version):
+                tests = tuple(f"{prefix}{MARKET_FOLDERS[split]}/" for split in ("query", "gallery"))
+                if version is not None or any(name.startswith(tests) for name in tree.names):
+                    place = tree.path / prefix if isinstance(tree, FolderTree) else tree.path
+                    found.append(f"{place} is {'a Market-1501' if version is None else 'an MSMT17'} tree")
+    if found:
+        raise ValueError(
+            f"{'; '.join(_some(found))}. Give that path itself, or a folder without it: here its labels would "
+            "be lost, and its test pictures become training data."
+        )
+
+
 def warn_of_missing(files: LabelledFiles) -> None:
     """Compares a benchmark with its published counts; one warning says what differs, and which files are missing."""
     told = [f"{name}: listed, but not there" for names in files.missing.values() for name in _some(names)]

@@ -27,6 +27,15 @@ _URL = re.compile(r"(https?|hf|s3|gs|file)://.+")
 _BRACES = re.compile(r"(.*?)\{(\d+)\.\.(\d+)\}(.*)")
 _COUNTS_FILE = "sizes.json"
 _READ_ROWS = 100
+_FIRST_SAMPLES = 5
+# The files of a sample that may be its image. `datasets` would look for the endings of the first samples alone.
+_TAR_IMAGES = datasets.Features(
+    {
+        ending: datasets.Image(decode=False)
+        for suffix in IMAGE_SUFFIXES
+        for ending in (suffix[1:], suffix[1:].upper(), suffix[1:].title())
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,8 @@ class ShardedImages:
 
     Args:
         name: What errors call the data set.
-        rows: `datasets` stream over the files, one shard a file, with one column, of undecoded images.
+        rows: `datasets` stream over the files, one shard a file, with columns of undecoded images, of which a row has
+            one.
         files: Their names.
         groups: By file, the rows of each of its row groups; or its number of rows, where it has none.
 
@@ -65,7 +75,6 @@ class ShardedImages:
         self, name: str, rows: datasets.IterableDataset, files: list[str], groups: list[list[int] | int]
     ) -> None:
         self.name, self.rows, self.files = name, rows, files
-        (self._column,) = rows.column_names
         self.pieces: list[Piece] = []
         first = 0
         for file, counts in enumerate(groups):
@@ -98,7 +107,7 @@ class ShardedImages:
             rows, skip = self._open(piece)
             # `iter`, since iterating a `datasets` stream in a worker would leave out what it takes for other workers'
             batches = rows.skip(skip + start).iter(batch_size=_READ_ROWS) if skip + start else rows.iter(_READ_ROWS)
-            for image in islice((image for batch in batches for image in batch[self._column]), stop - start):
+            for image in islice((image for batch in batches for image in _images(batch)), stop - start):
                 count += 1
                 yield image
         except GeneratorExit:
@@ -158,13 +167,22 @@ def load_person_stream(name_or_path: str | Path) -> ShardedImages:
             f"{Path(files[0]).name if files else 'none'}. `personvit data prepare` makes parquet of folders."
         )
     groups = _parquet_groups(files) if is_parquet else None
+    if not is_parquet:
+        options["features"] = _TAR_IMAGES
     try:
         rows = datasets.load_dataset(source, config, split="train", streaming=True, **options)
-    except Exception as error:  # tarfile's, say: `datasets` looks into the first files
+        first = [] if is_parquet else list(_images(next(rows.iter(_FIRST_SAMPLES), {})))
+    except Exception as error:  # tarfile's, say
         raise ValueError(f"{name}: its shards, such as {files[0]}, can't be read: {error}") from error
     if rows.num_shards != len(files):
         raise ValueError(f"{name}: {len(files)} files make {rows.num_shards} shards; expected one shard a file.")
-    rows = _image_column(rows, name)
+    if is_parquet:
+        rows = _image_column(rows, name)
+    elif first and not any(first):
+        raise ValueError(
+            f"{name}: no image in its first {len(first)} samples; expected one file {', '.join(IMAGE_SUFFIXES)} in "
+            "each, with no other dot in its name."
+        )
     return ShardedImages(name, rows, files, groups or _tar_counts(files, rows))
 
 
@@ -223,6 +241,19 @@ def _image_column(rows: datasets.IterableDataset, name: str) -> datasets.Iterabl
     return rows.select_columns(pictures).cast_column(pictures[0], datasets.Image(decode=False))
 
 
+def _images(batch: dict[str, list[Any]]) -> Iterator[Any]:
+    """The image of each row, from whichever column has it; None where none does.
+
+    Raises:
+        ValueError: A row has several.
+    """
+    for row in zip(*batch.values(), strict=True):
+        found = [image for image in row if image is not None]
+        if len(found) > 1:
+            raise ValueError(f"a sample of several images: {', '.join(image['path'] for image in found)}")
+        yield found[0] if found else None
+
+
 def _parquet_groups(files: list[str]) -> list[list[int]]:
     """By file, the rows of each row group, from its last bytes."""
 
@@ -259,7 +290,7 @@ def _tar_counts(files: list[str], rows: datasets.IterableDataset) -> list[int]:
         if file not in told:
             try:
                 batches = rows.shard(len(files), index).iter(batch_size=_READ_ROWS)
-                told[file] = sum(len(column) for batch in batches for column in batch.values())
+                told[file] = sum(1 for batch in batches for _ in _images(batch))
             except Exception as error:  # of the network, or tarfile's
                 raise ValueError(f"{file}: no tar file that can be read, or cut off: {error}") from error
     return [told[file] for file in files]
