@@ -221,6 +221,10 @@ def test_unknown_name_with_root(small, tmp_path):
         (jpegs(MARKET, "market1501/"), r"in/b/market1501 is a Market-1501 tree\. Give that path"),
         (msmt17("mask_train_v2", "mask_test_V2"), "in/b is an MSMT17 tree"),
         (jpegs(DUKE[1:], "half/"), "in/b/half is a Market-1501 tree"),
+        (
+            jpegs(["x/Bounding_Box_Train/0002_c1s1_1.jpg", "x/Query/0001_c1s1_1.jpg"]),
+            "in/b/x is a Market-1501 tree",
+        ),
     ],
     ids=["market", "msmt17", "half"],
 )

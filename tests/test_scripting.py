@@ -301,8 +301,11 @@ def test_score_ranks_the_embeddings_of_query_and_gallery():
         ([0.0, 0.1, 0.3, 0.31], ["0", "to 0.1", "to 0.3", "over 0.3"]),
         (np.float32([0.1, 0.3, 0.2]).tolist(), ["to 0.1", "to 0.3", "to 0.3"]),
         ([0.0, None, math.nan, 1], ["0", "unknown", "unknown", "over 0.3"]),
+        ([None, None], ["unknown", "unknown"]),
         (["none", None, "heavy"], ["none", "unknown", "heavy"]),
         ([2, 0, 1], [2, 0, 1]),
+        ([2, None, 0], ["2", "unknown", "0"]),
+        ([True, None], ["True", "unknown"]),
         ([[0.1], None], None),
     ],
 )

@@ -89,7 +89,7 @@ def require_connected(accelerator: Accelerator) -> None:
         reason = "torch sees no GPU; on CPUs set ACCELERATE_USE_CPU=true"
     raise ValueError(
         f"{started} processes were started, but this one knows of {accelerator.num_processes}, itself included: "
-        f"{reason} (see examples/accelerate_configs/README.md)."
+        f"{reason} (see examples/accelerate_configs/README.md). For one process alone unset WORLD_SIZE."
     )
 
 

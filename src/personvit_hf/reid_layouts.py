@@ -172,8 +172,8 @@ def require_no_layout(trees: Sequence[FileTree]) -> None:
     for tree in trees:
         for version in (None, *MSMT17_FOLDERS) if tree.kind != "lmdb" else ():
             for prefix in _prefixes(tree, version):
-                tests = tuple(f"{prefix}{MARKET_FOLDERS[split]}/" for split in ("query", "gallery"))
-                if version is not None or any(name.startswith(tests) for name in tree.names):
+                tests = tuple(f"{prefix}{MARKET_FOLDERS[split]}/".lower() for split in ("query", "gallery"))
+                if version is not None or any(name.lower().startswith(tests) for name in tree.names):
                     place = tree.path / prefix if isinstance(tree, FolderTree) else tree.path
                     found.append(f"{place} is {'a Market-1501' if version is None else 'an MSMT17'} tree")
     if found:

@@ -266,8 +266,10 @@ def score(
 def _occlusion_labels(values: list[Any]) -> list[Any] | None:
     """Labels as they are, hidden shares in four groups, "unknown" for None and NaN; None for anything else."""
     kinds = {type(value) for value in values} - {type(None)}
-    if kinds <= {str} or kinds <= {int, bool} and None not in values:
-        return ["unknown" if value is None else value for value in values]
+    if kinds <= {int, bool} and None not in values:
+        return values
+    if kinds <= {str} or kinds <= {int, bool}:  # all as text, which sorts beside "unknown"
+        return ["unknown" if value is None else str(value) for value in values]
     if kinds <= {int, float}:
         # compared in float32, as which shares are stored: there 0.1 is not 0.1
         shares = np.array([math.nan if value is None else value for value in values], np.float32)
