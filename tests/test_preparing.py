@@ -226,7 +226,7 @@ def test_unknown_name_with_root(small, tmp_path):
             "in/b/x is a Market-1501 tree",
         ),
     ],
-    ids=["market", "msmt17", "half"],
+    ids=["market", "msmt17", "half", "capitals"],
 )
 def test_folder_around_a_labelled_tree_is_refused(tmp_path, files, message):
     to_folder(tmp_path / "in" / "b", files)
