@@ -115,7 +115,10 @@ def our_pretraining(args: Arguments, precision: str, **settings) -> Step:
         lambda: model.update_teacher(MOMENTUM),
         {  # not the student itself: on a GPU its crops take a way of their own, unless something listens to it
             "teacher": [model.personvit, model.teacher_head.mlp],
-            "student": [*model.student.children(), *model.student.layers, model.student_head.mlp],
+            "student": [
+                *(model.student.embeddings, *model.student.layers, model.student.layernorm),
+                model.student_head.mlp,
+            ],
         },
     )
 
