@@ -7,7 +7,9 @@ Embeddings are drawn: people with looks in common, cameras with a bias, blurred 
 (3,368 queries, 15,913 gallery entries, 750 people, 6 cameras) and MSMT17 (11,659, 82,161, 3,060, 15), 384 numbers
 each. Each line is the median of fresh processes; plain and ours take turns. CPU seconds count all threads, and
 distances; extra memory is the peak above what the process held with its embeddings loaded. `--fastreid FOLDER` adds
-fast-reid's Cython ranking from the folder where you built its rank_cylib. Search goes to the Qdrant server that the
+fast-reid's Cython ranking from the folder where you built its rank_cylib. With `--device cuda` all embeddings of
+ranking and re-ranking lie on the GPU, where the plain way computes its distances; it does the rest in numpy, as ReID
+toolboxes do. Search goes to the Qdrant server that the
 variable QDRANT_URL names, else to Qdrant in memory; `qdrant-edge` is the server's engine in this process
 (`pip install qdrant-edge-py`).
 """
@@ -17,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -56,10 +57,25 @@ def draw(size: str, seed: int = 0) -> dict[str, np.ndarray]:
     return case
 
 
+def on_gpu(case: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The case with its embeddings on a GPU that is warm."""
+    import torch
+
+    case = {name: torch.from_numpy(x).cuda() if "embeddings" in name else x for name, x in case.items()}
+    query = case["query_embeddings"]
+    (query @ query.T + (query.double() @ query.double().T)).argsort().cpu()
+    return case
+
+
+def on_host(distances: Any) -> np.ndarray:
+    """An array, or what a tensor holds as one."""
+    return distances if isinstance(distances, np.ndarray) else distances.cpu().numpy()
+
+
 def plain_ranking(case: dict[str, np.ndarray], every: int) -> dict[str, float]:
     """All distances, all of them sorted, then one query at a time: what ReID toolboxes do."""
     part = {name: values[::every] if name.startswith("query") else values for name, values in case.items()}
-    distances = 1 - part["query_embeddings"] @ part["gallery_embeddings"].T
+    distances = on_host(1 - part["query_embeddings"] @ part["gallery_embeddings"].T)
     order = np.argsort(distances, axis=1)
     right = (part["gallery_person_ids"][order] == part["query_person_ids"][:, None]).astype(np.int32)
     precisions, first_hits = [], []
@@ -78,7 +94,7 @@ def cython_ranking(case: dict[str, np.ndarray], every: int) -> dict[str, float]:
     import rank_cy  # from --fastreid
 
     part = {name: values[::every] if name.startswith("query") else values for name, values in case.items()}
-    distances = 1 - part["query_embeddings"] @ part["gallery_embeddings"].T
+    distances = on_host(1 - part["query_embeddings"] @ part["gallery_embeddings"].T)
     ids = [part[f"{side}_{kind}_ids"] for kind in ("person", "camera") for side in ("query", "gallery")]
     cmc, precisions, _ = rank_cy.evaluate_cy(distances, *ids, 50)
     return {"mAP": float(np.mean(precisions)), "rank1": float(cmc[0])}
@@ -96,10 +112,14 @@ def our_ranking(case: dict[str, np.ndarray], every: int = 1, **options: Any) -> 
 def plain_reranking(case: dict[str, np.ndarray], k1: int, k2: int, lambda_value: float) -> np.ndarray:
     """k-reciprocal re-ranking with arrays of images x images, as it is published."""
     query, gallery = case["query_embeddings"], case["gallery_embeddings"]
-    images = np.concatenate([query, gallery])
-    count, num_queries = len(images), len(query)
-    squares = np.square(images).sum(axis=1)
-    distances = squares[:, None] + squares - 2 * images @ images.T
+    count, num_queries = len(query) + len(gallery), len(query)
+    if isinstance(query, np.ndarray):
+        images = np.concatenate([query, gallery])
+    else:
+        images = query.new_empty(count, DIM)
+        images[:num_queries], images[num_queries:] = query, gallery
+    squares = (images**2).sum(axis=1)
+    distances = on_host(squares[:, None] + squares - 2 * images @ images.T)
     distances /= distances.max(axis=1, keepdims=True)
     order = np.argsort(distances).astype(np.int32)
 
@@ -228,43 +248,60 @@ def searched(kind: str, count: int, num_queries: int = 200, k: int = 10) -> dict
     return {"build_s": built, "ms_alone": times[0], "ms_in_200": times[1], "recall": float(recall)}
 
 
-def measure(work: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
-    """(what it returns, seconds and MiB it took); once in a process, for the peak is the process's own."""
-    with open("/proc/self/statm") as file:
-        held = int(file.read().split()[1]) * resource.getpagesize() / 2**20
+def held_mib(kind: str) -> float:
+    """Main memory that this process holds ("VmRSS") or held at its peak ("VmHWM")."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(kind))) / 1024
+
+
+def measure(work: Callable[[], Any], device: str) -> tuple[Any, dict[str, float]]:
+    """(what it returns, seconds and MiB it took)."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+        held_there = torch.cuda.memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far, of drawing, is forgotten
+    held = held_mib("VmRSS")
     wall, cpu = time.perf_counter(), time.process_time()
     result = work()
     taken = {"cpu_s": time.process_time() - cpu, "wall_s": time.perf_counter() - wall}
-    taken["extra_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - held
+    taken["extra_mib"] = held_mib("VmHWM") - held
+    if device == "cuda":
+        taken["extra_gpu_mib"] = (torch.cuda.max_memory_allocated() - held_there) / 2**20
     return result, taken
 
 
-def child(name: str, size: str) -> dict[str, Any]:
+def child(name: str, size: str, device: str) -> dict[str, Any]:
     """One measurement, by its name."""
     if name.startswith("search"):
         return searched(name.split()[1], int(name.split()[2]))
-    case = draw(size)
+    case, small = draw(size), draw("market/2")
+    if device == "cuda":
+        case, small = on_gpu(case), on_gpu(small)
     if name == "options":
         return our_options(case)
     if name.startswith("reranking"):
         kind, *settings = name.split()[1:]
         k1, k2, lambda_value = int(settings[0]), int(settings[1]), float(settings[2])
         if kind == "plain":
-            distances, taken = measure(lambda: plain_reranking(case, k1, k2, lambda_value))
+            distances, taken = measure(lambda: plain_reranking(case, k1, k2, lambda_value), device)
         else:
             from personvit_hf import rerank
 
             query, gallery = case["query_embeddings"], case["gallery_embeddings"]
-            distances, taken = measure(lambda: rerank(query, gallery, k1, k2, lambda_value))
+            distances, taken = measure(lambda: rerank(query, gallery, k1, k2, lambda_value), device)
         return {**taken, **reranked_figures(case, distances)}
     ranking = {"plain": plain_ranking, "cython": cython_ranking, "ours": our_ranking}[name.split()[1]]
     every = int(name.split()[2])
-    our_ranking(draw("market/2"), 16)  # imports and threads are warm
-    figures, taken = measure(lambda: ranking(case, every))
+    our_ranking(small, 16)  # imports and threads are warm
+    figures, taken = measure(lambda: ranking(case, every), device)
     return {**taken, **figures}
 
 
-def in_turns(names: list[str], size: str, repeats: int, threads: int, path: str | None) -> dict[str, dict[str, float]]:
+def in_turns(
+    names: list[str], size: str, repeats: int, threads: int, device: str = "cpu", path: str | None = None
+) -> dict[str, dict[str, float]]:
     """Medians of `repeats` fresh processes for each name, one after the other in turn."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads)}
     if path:
@@ -272,7 +309,7 @@ def in_turns(names: list[str], size: str, repeats: int, threads: int, path: str 
     results: dict[str, list[dict]] = {name: [] for name in names}
     for _ in range(repeats):
         for name in names:
-            command = [sys.executable, __file__, "--child", name, "--size", size]
+            command = [sys.executable, __file__, "--child", name, "--size", size, "--device", device]
             process = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
             results[name].append(json.loads(process.stdout.splitlines()[-1]))
     return {
@@ -287,7 +324,8 @@ def report(title: str, rows: dict[str, dict[str, float]], scale: dict[str, int] 
         name: {key: row[key] * (scale or {}).get(name, 1) for key in ("cpu_s", "wall_s")} for name, row in rows.items()
     }
     for name, row in rows.items():
-        figures = f"{row['extra_mib']:.0f} | {row['mAP']:.6f} | {row['rank1']:.6f}"
+        there = f" ({row['extra_gpu_mib']:.0f} on the GPU)" if "extra_gpu_mib" in row else ""
+        figures = f"{row['extra_mib']:.0f}{there} | {row['mAP']:.6f} | {row['rank1']:.6f}"
         print(f"| {name} | {times[name]['cpu_s']:.2f} | {times[name]['wall_s']:.2f} | {figures} |")
     ours = next(name for name in rows if "ours" in name)
     for name in rows:
@@ -301,6 +339,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help="ranking, reranking, options, search; default: the first three")
     parser.add_argument("--sizes", nargs="+", default=["market", "msmt17"], choices=["market", "msmt17"])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where embeddings are")
     parser.add_argument("--repeats", type=int, default=5, help="processes for each line at Market-1501's size")
     parser.add_argument("--vectors", type=int, default=1_000_000, help="size of the gallery that is searched")
     indices = ["exact", "flat", "ivfpq", "hnsw", "qdrant"]
@@ -315,15 +354,15 @@ def main() -> None:
     parser.add_argument("--size", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(child(args.child, args.size)))
+        print(json.dumps(child(args.child, args.size, args.device)))
         return
     parts = args.parts or ["ranking", "reranking", "options"]
     for size in args.sizes if "ranking" in parts else []:
         repeats, every = args.repeats if size == "market" else 1, EVERY[size]
         kinds = ["plain", *(["cython"] if args.fastreid else [])]
         names = [f"ranking {kind} {every}" for kind in kinds] + ["ranking ours 1"]
-        rows = in_turns(names, size, repeats, 1, args.fastreid)
-        title = f"Ranking, size of {size}, 1 thread, median of {repeats}"
+        rows = in_turns(names, size, repeats, 1, args.device, args.fastreid)
+        title = f"Ranking, size of {size}, on {args.device}, 1 thread, median of {repeats}"
         if every > 1:
             title += f"; the others ran every {every}th query, and only their times are multiplied by {every}"
         report(title, rows, {name: every for name in names[:-1]})
@@ -332,8 +371,8 @@ def main() -> None:
         if args.dense != "none":
             kinds[args.dense] = ["plain", "ours"]
         for size in kinds:
-            rows = in_turns([f"reranking {kind} {settings}" for kind in kinds[size]], size, 1, 2, None)
-            report(f"Re-ranking, size of {size}, 2 threads", rows)
+            rows = in_turns([f"reranking {kind} {settings}" for kind in kinds[size]], size, 1, 2, args.device)
+            report(f"Re-ranking, size of {size}, on {args.device}, 2 threads", rows)
     if "options" in parts:
         print("\nOptions, size of market\n\n| | mAP | Rank-1 |\n|---|---|---|")
         command = [sys.executable, __file__, "--child", "options", "--size", "market"]
@@ -344,7 +383,7 @@ def main() -> None:
         print(f"\nSearch in {args.vectors:,} x {DIM}, 2 threads\n")
         print("| | build s | ms/query, alone | ms/query, 200 at once | recall@10 |\n|---|---|---|---|---|")
         for kind in args.indices:
-            row = in_turns([f"search {kind} {args.vectors}"], "market", 1, 2, None).popitem()[1]
+            row = in_turns([f"search {kind} {args.vectors}"], "market", 1, 2).popitem()[1]
             times = f"{row['build_s']:.1f} | {row['ms_alone']:.2f} | {row['ms_in_200']:.2f}"
             print(f"| {kind} | {times} | {row['recall']:.4f} |", flush=True)
 

@@ -157,3 +157,6 @@ def test_views_of_an_image_follow_from_seed_epoch_and_index():
     for other in (crops(0)[len(images) + 1], crops(1)[1]):  # the next epoch's, and another seed's
         assert not np.array_equal(other["global_pixel_values"], first["global_pixel_values"])
     assert crops(0)[2] is images[2]
+    unmasked = PretrainingCrops(images, augment, BlockMasking((4, 2), (0.0, 0.0), (0.0, 0.0)), 0)[1]
+    assert set(unmasked) == {"global_pixel_values", "local_pixel_values"}
+    np.testing.assert_array_equal(unmasked["local_pixel_values"], first["local_pixel_values"])

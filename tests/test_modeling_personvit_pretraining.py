@@ -273,6 +273,30 @@ def test_views_and_masks_may_be_left_out():
         assert unmasked.loss == 0.5 * unmasked.dino_loss
 
 
+@pytest.mark.parametrize("part_tokens", [0, 2])
+@pytest.mark.parametrize("unmasked_too", [False, True])
+def test_dino_alone_without_masks_leaves_out_what_only_patches_need(unmasked_too, part_tokens):
+    results = []
+    for masks in (torch.zeros(3, 2, 32), None):
+        model = tiny_model(
+            mim_loss_weight=0.0, student_sees_unmasked_global=unmasked_too, num_part_tokens=part_tokens
+        ).train()
+        seen, patch_center = [], model.patch_center.clone()
+        model.teacher_head.mlp.register_forward_hook(lambda module, inputs, output, seen=seen: seen.append(output))
+        inputs = views() | {"bool_masked_pos": masks}
+        model(**inputs, move_centers=False)
+        output = model(**inputs)
+        output.loss.backward()
+        gradients = {name: value.grad for name, value in model.named_parameters() if value.requires_grad}
+        assert all(gradient is not None for gradient in gradients.values())  # DDP would miss them
+        assert torch.equal(model.patch_center, patch_center) == (masks is None)
+        assert seen[0].shape[1] == (1 if masks is None else 33 + part_tokens)
+        results.append((output.loss, output.dino_loss, output.mim_loss, gradients, model.center))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+    asked = model(**inputs, output_hidden_states=True)
+    assert asked.hidden_states[-1].shape[1] == 33 + part_tokens
+
+
 @pytest.mark.parametrize("max_logits", [1, 100])  # one image or patch at a time, and a few
 def test_losses_in_chunks_are_the_same(monkeypatch, max_logits):
     results = []

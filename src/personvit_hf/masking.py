@@ -108,6 +108,11 @@ class BlockMasking:
             if spread < 0 or ratio - spread < 0 or ratio + spread > 1:
                 raise ValueError(f"A mask ratio must stay within [0, 1]; got {ratio} with a spread of {spread}.")
 
+    @property
+    def masks_something(self) -> bool:
+        """Whether any ratio is above 0."""
+        return any(self.ratios) or any(self.ratio_spreads)
+
     def __call__(self, rng: np.random.Generator) -> np.ndarray:
         """Draw one mask: boolean (rows, columns), True where a patch is masked."""
         entry = int(len(self.ratios) * rng.random())
@@ -127,11 +132,13 @@ def draw_views(augment: MultiCrop, masking: BlockMasking, image: np.ndarray, rng
 
     Returns:
         `global_pixel_values` and `local_pixel_values` as `augment` gives them, and `bool_masked_pos`, bool (global
-        crops, patches).
+        crops, patches), unless all mask ratios are 0: without masks the model computes less.
     """
     global_crops, local_crops = augment(image, rng)
-    masks = np.stack([masking(rng).ravel() for _ in global_crops])
-    return {"global_pixel_values": global_crops, "local_pixel_values": local_crops, "bool_masked_pos": masks}
+    views = {"global_pixel_values": global_crops, "local_pixel_values": local_crops}
+    if masking.masks_something:
+        views["bool_masked_pos"] = np.stack([masking(rng).ravel() for _ in global_crops])
+    return views
 
 
 class PretrainingCrops(Dataset):

@@ -182,7 +182,7 @@ class PersonViTForPreTraining(PersonViTPreTrainedModel):
         num_patch_prototypes = config.num_cls_prototypes if teacher_shared else config.num_patch_prototypes
         self.register_buffer("center", torch.zeros(config.num_cls_prototypes))
         self.register_buffer("patch_center", torch.zeros(num_patch_prototypes))
-        self._pending_means: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._pending_means: list[list[torch.Tensor]] = []
         self.freeze()
         self.post_init()
         self.train(self.training)  # the teacher in evaluation mode
@@ -256,18 +256,20 @@ class PersonViTForPreTraining(PersonViTPreTrainedModel):
     def _update_centers(self, bottleneck: torch.Tensor, first_patch: int, move: bool) -> None:
         """Moves both centers towards the mean of the raw teacher logits over the batch of all processes.
 
-        The patch center averages all patches, masked or not (iBOT). Logits are linear in the bottleneck (images,
-        tokens, bottleneck), so the prototypes are applied once, to its mean. Without `move` the means wait for the
-        pass that moves.
+        The patch center averages all patches, masked or not (iBOT), or stays if there are none. Logits are linear in
+        the bottleneck (images, tokens, bottleneck), so the prototypes are applied once, to its mean. Without `move`
+        the means wait for the pass that moves.
         """
         with torch.autocast(bottleneck.device.type, enabled=False):
             means = at_least_float32(bottleneck).mean(0).to(self.teacher_head.cls_prototypes.direction.dtype)
-            means = self.teacher_head.cls_logits(means[0]), self.teacher_head.patch_logits(means[first_patch:].mean(0))
-        self._pending_means.append(means)
+            logits = [self.teacher_head.cls_logits(means[0])]
+            if len(means) > first_patch:
+                logits.append(self.teacher_head.patch_logits(means[first_patch:].mean(0)))
+        self._pending_means.append(logits)
         if not move:
             return
         pending, self._pending_means = self._pending_means, []
-        for center, *parts in zip((self.center, self.patch_center), *pending, strict=True):
+        for center, *parts in zip((self.center, self.patch_center), *pending, strict=False):
             mean = torch.stack(parts).mean(0).to(center.dtype)
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.all_reduce(mean)
@@ -311,9 +313,12 @@ class PersonViTForPreTraining(PersonViTPreTrainedModel):
         masks = self._masks(views, bool_masked_pos)
         masked_patches = masks.flatten().nonzero().flatten()  # now, as a GPU must be waited for
         first_patch = 1 + self.config.num_part_tokens
+        # with neither masks nor a weight for them nobody asks what patches are like
+        only_cls = bool_masked_pos is None and not self.config.mim_loss_weight
         with torch.no_grad():
-            teacher = self.teacher_head.project(self.personvit(views).last_hidden_state)
-        masked, cls_tokens, num_student_global = self._student(views, masks, local_pixel_values, **kwargs)
+            teacher = self.teacher_head.project(self.personvit(views, only_cls=only_cls).last_hidden_state)
+        only_cls = only_cls and not self._is_asked_for_more(kwargs)
+        masked, cls_tokens, num_student_global = self._student(views, masks, local_pixel_values, only_cls, **kwargs)
         # what the losses compare: [CLS] (batch, views, bottleneck), patches (masked, bottleneck)
         student_cls, teacher_cls = self.student_head.project(cls_tokens), teacher[:, 0].unflatten(0, (-1, 2))
         patches = masked.last_hidden_state[:, first_patch:].flatten(0, 1)
@@ -388,11 +393,16 @@ class PersonViTForPreTraining(PersonViTPreTrainedModel):
         return torch.zeros(len(views), rows * columns, dtype=torch.bool, device=views.device)
 
     def _student(
-        self, views: torch.Tensor, masks: torch.Tensor, local_pixel_values: torch.Tensor | None, **kwargs: Any
+        self,
+        views: torch.Tensor,
+        masks: torch.Tensor,
+        local_pixel_values: torch.Tensor | None,
+        only_cls: bool,
+        **kwargs: Any,
     ) -> tuple[BaseModelOutputWithPooling, torch.Tensor, int]:
         """The student's output for the masked views; [CLS] tokens of all views, (batch, S, hidden) with global ones
         first, and the number of these."""
-        passes = [{"pixel_values": views, "bool_masked_pos": masks}]
+        passes = [{"pixel_values": views, "bool_masked_pos": masks, "only_cls": only_cls}]
         if self.config.student_sees_unmasked_global:
             passes.append({"pixel_values": views, "only_cls": True})
         num_global = 2 * len(passes)

@@ -23,11 +23,8 @@ def embeddings(kind):
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 @pytest.mark.parametrize("kind", ["plain", "around one point", "one point", "of all lengths", "huge", "tiny"])
-@pytest.mark.parametrize("on", [np.asarray, torch.from_numpy])
-def test_blocks_are_within_the_tolerance(metric, kind, on):
+def test_blocks_are_within_the_tolerance(metric, kind):
     pairs = EmbeddingDistances.of(*embeddings(kind), metric)
-    # tensors take the way of those on a GPU
-    pairs = replace(pairs, factors=(on(pairs.query), on(pairs.gallery)))
     queries = np.arange(3, 17)
     exact = np.stack([pairs.exact(query, np.arange(300)) for query in queries])
     for columns in (slice(0, 300), np.arange(0, 300, 3)):
@@ -36,6 +33,22 @@ def test_blocks_are_within_the_tolerance(metric, kind, on):
         errors = block + pairs.offsets(queries)[:, None] - exact[:, columns] / pairs.unit
         assert np.abs(errors).max() <= pairs.tolerance
     np.testing.assert_allclose(pairs.exact_block(queries, np.arange(300)), exact, rtol=1e-6, atol=1e-7 * pairs.unit)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("kind", ["plain", "around one point", "one point", "of all lengths", "huge", "tiny"])
+def test_blocks_on_a_gpu_are_the_exact_ones(metric, kind):
+    pairs = EmbeddingDistances.of(*embeddings(kind), metric)
+    pairs = replace(pairs, on_gpu=(torch.from_numpy(pairs.query), torch.from_numpy(pairs.gallery)))
+    queries = np.arange(3, 17)
+    for columns in (np.arange(300), np.arange(0, 300, 3)):
+        found = pairs.exact_block_on_gpu(queries, columns).numpy()
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, pairs.exact_block(queries, columns), rtol=1e-6, atol=0)
+    part = pairs.subset(np.array([5, 3]), np.array([7, 1]))
+    np.testing.assert_array_equal(
+        part.exact_block_on_gpu(np.array([1]), slice(0, 1))[0], pairs.exact(3, np.array([7]))
+    )
 
 
 def test_exact_distances_are_those_of_pairwise_distances():

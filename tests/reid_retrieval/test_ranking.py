@@ -353,13 +353,34 @@ def test_memory_maps_and_tensors_and_types_agree(tmp_path):
     np.testing.assert_array_equal(evaluate_reid(distances=distances, **case)["average_precision"], expected)
 
 
+# With distances that are equal, and steps of the gallery that begin and end within it.
+GPU_OPTIONS = [
+    {"metric": "cosine"},
+    {"metric": "euclidean", "ties": "pessimistic", "camera_pairs": True},
+    {"ties": "index", "chunk_elements": 700, "false_positive_rates": [0.0, 1e-3, 0.1]},
+    {"protocol": "any_camera", "ties": "pessimistic", "chunk_elements": 100},
+]
+
+
+def with_copies(case):
+    """Every fifth gallery entry looks like the one before it, whoever that is."""
+    gallery = case["gallery_embeddings"].copy()
+    gallery[1::5] = gallery[: len(gallery) - 1 : 5]
+    return {**case, "gallery_embeddings": gallery}
+
+
+def same_figures(found, expected):
+    for name in ("average_precision", "first_match_rank", "valid_queries", "true_positive_rates"):
+        np.testing.assert_array_equal(found.get(name), expected.get(name))
+    assert found.get("by_camera_pair") == expected.get("by_camera_pair")
+
+
 @pytest.mark.gpu
-def test_cuda_tensors_agree():
-    case = clustered(1)
+@pytest.mark.parametrize("options", GPU_OPTIONS)
+def test_cuda_tensors_agree(options):
+    case = with_copies(clustered(1))
     on_gpu = {name: torch.from_numpy(value).cuda() for name, value in case.items()}
-    for metric in ("cosine", "euclidean"):
-        expected = evaluate_reid(**case, metric=metric)["average_precision"]
-        np.testing.assert_array_equal(evaluate_reid(**on_gpu, metric=metric)["average_precision"], expected)
+    same_figures(evaluate_reid(**on_gpu, **options), evaluate_reid(**case, **options))
 
 
 class OnGpu(torch.Tensor):
@@ -377,16 +398,16 @@ class OnGpu(torch.Tensor):
     __array__ = numpy
 
 
-@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("options", GPU_OPTIONS)
 @pytest.mark.parametrize("sides", [("query", "gallery"), ("query",), ("gallery",)])
-def test_the_way_of_tensors_on_a_gpu_and_of_sides_on_different_devices(metric, sides):
-    case = clustered(1)
-    expected = evaluate_reid(**case, metric=metric)["average_precision"]
+def test_the_way_of_tensors_on_a_gpu_and_of_sides_on_different_devices(options, sides):
+    case = with_copies(clustered(1))
+    expected = evaluate_reid(**case, **options)
     for side in sides:
         case[f"{side}_embeddings"] = torch.from_numpy(case[f"{side}_embeddings"]).as_subclass(OnGpu)
     for kind in ("person", "camera"):
         case[f"query_{kind}_ids"] = torch.from_numpy(case[f"query_{kind}_ids"]).as_subclass(OnGpu)
-    np.testing.assert_array_equal(evaluate_reid(**case, metric=metric)["average_precision"], expected)
+    same_figures(evaluate_reid(**case, **options), expected)
 
 
 def test_ids_as_strings():

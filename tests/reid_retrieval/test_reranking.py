@@ -116,6 +116,22 @@ def test_images_of_other_kinds_and_an_own_place_for_the_result(tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), expected)
 
 
+def test_neighbours_on_a_gpu_are_those_in_main_memory(monkeypatch):
+    """Tensors that are in main memory after all take the way."""
+    monkeypatch.setattr(reranking, "_GPU_ELEMENTS", 7 * 400)  # some rows at a time
+    query, gallery = clustered(1)
+    vectors = reranking._augmented(query, gallery)
+    out = np.empty((2, len(query), len(gallery)), np.float32)
+    indices, longest = reranking._neighbours(vectors, 21, out[0])
+    found = reranking._neighbours_on_gpu(torch.from_numpy(vectors), 21, out[1])
+    np.testing.assert_array_equal(found[0], indices)
+    np.testing.assert_allclose(found[1], longest, rtol=1e-5)
+    np.testing.assert_allclose(out[1], out[0], rtol=0, atol=1e-5 * longest.max())
+    equal = torch.from_numpy(reranking._augmented(np.ones((3, 4), np.float32), np.ones((30, 4), np.float32)))
+    indices, _ = reranking._neighbours_on_gpu(equal, 21, np.empty((3, 30), np.float32))
+    assert (indices == np.arange(21)).all()
+
+
 @pytest.mark.gpu
 def test_cuda_tensors_agree():
     query, gallery = clustered(1)

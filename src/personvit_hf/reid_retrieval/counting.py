@@ -1,7 +1,8 @@
-"""Ranks of true matches, by counting what is nearer than each; numpy alone.
+"""Ranks of true matches, by counting what is nearer than each; numpy, or torch for what is on a GPU.
 
 A block of float32 distances decides almost all: entries farther from a match's distance than float32's error. The few
-others are compared by distances in float64, so the ranks don't depend on how the work is cut.
+others are compared by distances in float64, so the ranks don't depend on how the work is cut. On a GPU all distances
+are computed in float64.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -87,10 +89,17 @@ def match_ranks(
         columns = kept[start : start + gallery_step]
         contiguous = columns[-1] - columns[0] == columns.size - 1
         # A slice copies nothing.
-        gallery_block = pairs.gallery_block(slice(columns[0], columns[-1] + 1) if contiguous else columns)
+        part = slice(columns[0], columns[-1] + 1) if contiguous else columns
+        gallery_block = None if pairs.on_gpu else pairs.gallery_block(part)
         for first in range(0, len(targets), query_step):
             chunk = targets[first : first + query_step]
             queries = np.array([target.query for target in chunk])
+            if pairs.on_gpu:
+                block = _without_own(pairs.exact_block_on_gpu(queries, part), chunk, start)
+                if roc is not None:
+                    roc.add(roc.others, block.cpu().numpy() / pairs.unit)
+                _count_nearer_on_gpu(block, chunk, columns, ties)
+                continue
             block = _without_own(pairs.block(pairs.query_block(queries), gallery_block), chunk, start)
             offsets = pairs.offsets(queries)
             if roc is not None:
@@ -133,12 +142,36 @@ def _targets(pairs: EmbeddingDistances | GivenDistances, ids: RetrievalIds, kept
         )
 
 
-def _without_own(block: np.ndarray, targets: list[_Target], start: int) -> np.ndarray:
+def _without_own(block: Any, targets: list[_Target], start: int) -> Any:
     """The block with NaN, which is never nearer, for entries of each query's own person."""
-    for row, target in zip(block, targets, strict=True):
-        low, high = np.searchsorted(target.own, [start, start + row.size])
-        row[target.own[low:high] - start] = np.nan
+    end = start + block.shape[1]
+    own = [target.own[slice(*np.searchsorted(target.own, [start, end]))] - start for target in targets]
+    rows = np.repeat(np.arange(len(targets)), [entries.size for entries in own])
+    block[rows, np.concatenate(own)] = np.nan
     return block
+
+
+def _count_nearer_on_gpu(block: Any, targets: list[_Target], columns: np.ndarray, ties: str) -> None:
+    """Adds to each `target.nearer` what comes before each match; a CUDA tensor of exact distances comes in.
+
+    An int64 key of a (non-negative) float32 distance's bits above 32 bits of the index sorts by distance and then by
+    index, NaN last.
+    """
+    import torch
+
+    keys = (block.view(torch.int32).long() << 32) + block.new_tensor(columns, dtype=torch.int64)
+    most = max(target.matches.size for target in targets)
+    wanted = np.full((len(targets), most), np.iinfo(np.int64).max)
+    for row, target in zip(wanted, targets, strict=True):
+        last = target.matches if ties == "index" else 2**32 - 1
+        row[: target.matches.size] = (target.distances.view(np.int32).astype(np.int64) << 32) + last
+    # An entry comes before all matches from its place among them on.
+    place = torch.searchsorted(keys.new_tensor(wanted), keys)
+    place += place.new_tensor(np.arange(len(targets)))[:, None] * (most + 1)
+    counts = place.ravel().bincount(minlength=len(targets) * (most + 1)).cpu().numpy()
+    nearer = np.cumsum(counts.reshape(len(targets), most + 1), axis=1)
+    for row, target in zip(nearer, targets, strict=True):
+        target.nearer[:] += row[: target.matches.size]
 
 
 def _count_nearer(row: np.ndarray, target: _Target, columns: np.ndarray, ties: str) -> None:

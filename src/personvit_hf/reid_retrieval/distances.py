@@ -1,7 +1,7 @@
 """Distances between embeddings in blocks of bounded size, and checks of the arrays that come in; numpy alone.
 
 Torch tensors are known by their methods, so that this folder works without torch: those on a CPU are read in place,
-those on a GPU are multiplied there.
+distances between those on a GPU are computed there.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class EmbeddingDistances:
     Attributes:
         query: (queries, dim) floating point, an array or memory map.
         gallery: (gallery, dim), the same.
-        factors: The two as whole blocks are multiplied: CUDA tensors, if they came as such. What is picked out of
-            them one by one comes from main memory: a GPU would take longer to be asked than to answer.
+        on_gpu: The two as CUDA tensors, if they came as such, for whole blocks. What is picked out of them one by one
+            comes from main memory: a GPU would take longer to be asked than to answer.
         metric: As in `pairwise_distances`, whose values `exact` gives.
         query_norms: (queries,) float64 lengths.
         gallery_norms: (gallery,) float64 lengths.
@@ -61,7 +61,7 @@ class EmbeddingDistances:
 
     query: Any
     gallery: Any
-    factors: tuple[Any, Any]
+    on_gpu: tuple[Any, Any] | None
     metric: Metric
     query_norms: np.ndarray
     gallery_norms: np.ndarray
@@ -82,15 +82,15 @@ class EmbeddingDistances:
                 f"`query_embeddings` and `gallery_embeddings` must have equal width, got {query.shape[1]} and "
                 f"{gallery.shape[1]}."
             )
-        factors = query, gallery
+        # a GPU multiplies with what it holds alone
+        together = hasattr(query, "detach") and query.device == getattr(gallery, "device", None)
+        on_gpu = (query, gallery) if together else None
         query, gallery = _host(query), _host(gallery)
-        if getattr(factors[0], "device", None) != getattr(factors[1], "device", None):
-            factors = query, gallery  # a GPU multiplies with what it holds alone
         query_norms = row_norms(query, "query_embeddings")
         gallery_norms = row_norms(gallery, "gallery_embeddings")
         longest = max(query_norms.max(), gallery_norms.max(), _MIN_NORM)
         unit = 1.0 if metric == "cosine" else float(longest) ** 2
-        return cls(query, gallery, factors, metric, query_norms, gallery_norms, unit)
+        return cls(query, gallery, on_gpu, metric, query_norms, gallery_norms, unit)
 
     @property
     def width(self) -> int:
@@ -118,37 +118,34 @@ class EmbeddingDistances:
             return np.ones(queries.size)
         return np.square(self.query_norms[queries]) / self.unit
 
-    def query_block(self, queries: np.ndarray) -> Any:
+    def query_block(self, queries: np.ndarray) -> np.ndarray:
         """The queries' side of the matrix product that `block` is."""
         if self.metric == "cosine":
-            return _scaled(self.factors[0][queries], -1 / np.maximum(self.query_norms[queries], _MIN_NORM))
-        return _scaled(self.factors[0][queries], np.full(queries.size, -2 / np.sqrt(self.unit)))
+            return _scaled(self.query[queries], -1 / np.maximum(self.query_norms[queries], _MIN_NORM))
+        return _scaled(self.query[queries], np.full(queries.size, -2 / np.sqrt(self.unit)))
 
-    def gallery_block(self, columns: Any) -> tuple[Any, np.ndarray | None]:
+    def gallery_block(self, columns: Any) -> tuple[np.ndarray, np.ndarray | None]:
         """The gallery's side: unit vectors, or vectors and their squared lengths for "euclidean"."""
         norms = self.gallery_norms[columns]
         if self.metric == "cosine":
-            return _scaled(self.factors[1][columns], 1 / np.maximum(norms, _MIN_NORM)), None
-        scaled = _scaled(self.factors[1][columns], np.full(norms.size, 1 / np.sqrt(self.unit)))
+            return _scaled(self.gallery[columns], 1 / np.maximum(norms, _MIN_NORM)), None
+        scaled = _scaled(self.gallery[columns], np.full(norms.size, 1 / np.sqrt(self.unit)))
         return scaled, (np.square(norms) / self.unit).astype(np.float32)
 
-    def block(self, query_block: Any, gallery_block: tuple[Any, np.ndarray | None]) -> np.ndarray:
+    def block(self, query_block: np.ndarray, gallery_block: tuple[np.ndarray, np.ndarray | None]) -> np.ndarray:
         """(queries, columns) float32: distances in `unit`s, less the row's offset, within `tolerance`."""
         vectors, squares = gallery_block
         products = query_block @ vectors.T
-        if hasattr(products, "detach"):
-            products = products.float().cpu().numpy()
         if squares is not None:
             products += squares
         return products
 
     def subset(self, queries: np.ndarray, columns: np.ndarray) -> EmbeddingDistances:
         """Distances between some queries and some gallery entries."""
-        parts = factors = self.query[queries], self.gallery[columns]
-        if self.factors[0] is not self.query:
-            factors = self.factors[0][queries], self.factors[1][columns]
+        parts = self.query[queries], self.gallery[columns]
+        on_gpu = None if self.on_gpu is None else (self.on_gpu[0][queries], self.on_gpu[1][columns])
         norms = self.query_norms[queries], self.gallery_norms[columns]
-        return EmbeddingDistances(*parts, factors, self.metric, *norms, self.unit)
+        return EmbeddingDistances(*parts, on_gpu, self.metric, *norms, self.unit)
 
     def exact(self, query: int, columns: np.ndarray) -> np.ndarray:
         """(columns,) float32 distances of one query, summed row by row in float64: alike in every call."""
@@ -168,12 +165,26 @@ class EmbeddingDistances:
             distances[:, start : start + step] = _finished(products, norms, self.gallery_norms[part], self.metric)
         return distances
 
+    def exact_block_on_gpu(self, queries: np.ndarray, columns: Any) -> Any:
+        """As `exact_block`, a CUDA tensor; in float64 as well, for "float32" products may be rounded to TF32 there."""
+        query, gallery = self.on_gpu[0][queries].double(), self.on_gpu[1][columns].double()
+        products = query @ gallery.T
+        query_norms = query.new_tensor(self.query_norms[queries])[:, None]
+        gallery_norms = query.new_tensor(self.gallery_norms[columns])
+        if self.metric == "cosine":
+            products /= query_norms.clamp_(min=_MIN_NORM) * gallery_norms.clamp_(min=_MIN_NORM)
+            return 1 - products.clamp_(-1, 1).float()
+        squares = query_norms.square() + gallery_norms.square()
+        products = squares - 2 * products
+        return products.masked_fill_(products < _CANCELLATION * squares, 0).float()
+
 
 @dataclass(frozen=True)
 class GivenDistances:
     """A matrix of distances with the methods of `EmbeddingDistances`; (queries, gallery), any real numbers."""
 
     matrix: Any
+    on_gpu = None
     unit = 1.0
     tolerance = 0.0
     width = 1
@@ -296,11 +307,8 @@ def _host(values: Any) -> np.ndarray:
     return values.cpu().numpy() if hasattr(values, "detach") else values
 
 
-def _scaled(rows: Any, factors: np.ndarray) -> Any:
-    """Each row times its factor: float32, or float64 on a GPU, where "float32" products may be rounded to TF32."""
-    if hasattr(rows, "detach"):
-        rows = rows.double()
-        return rows * rows.new_tensor(factors)[:, None]
+def _scaled(rows: np.ndarray, factors: np.ndarray) -> np.ndarray:
+    """Each row times its factor, in float32."""
     if rows.dtype == np.float64 or np.abs(factors).min() < 1e-30:  # float32 would round such factors to nothing
         return (rows * factors[:, None]).astype(np.float32)
     return rows.astype(np.float32, copy=False) * factors[:, None].astype(np.float32)

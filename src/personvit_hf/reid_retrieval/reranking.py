@@ -1,4 +1,4 @@
-"""k-reciprocal re-ranking whose memory follows the neighbours, not images x images; numpy alone."""
+"""k-reciprocal re-ranking whose memory follows the neighbours, not images x images; numpy, or torch on a GPU."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ _SCRATCH_ELEMENTS = 2**21
 _CACHED_ELEMENTS = 2**17
 # Images whose distances give a first bound on how far the nearest neighbours are.
 _SAMPLE = 1024
+# Elements of a block of distances on a GPU; it takes some 28 bytes for each.
+_GPU_ELEMENTS = 2**26
 _NOTHING = np.uint64(2**64 - 1)
 
 
@@ -38,7 +40,8 @@ def rerank(
 
     Args:
         query: (queries, dim) floating point: an array, memory map or torch tensor. Squared Euclidean distances of the
-            embeddings as they are; L2-normalise them first for cosine (`embed_images` does).
+            embeddings as they are; L2-normalise them first for cosine (`embed_images` does). If it is a CUDA tensor,
+            distances and neighbours are found on its GPU.
         gallery: (gallery, dim), likewise.
         k1: Number of neighbours that must have each other in common.
         k2: Number of neighbours, with the image itself, over which its code is averaged; 1 for none.
@@ -69,7 +72,10 @@ def rerank(
     elif out.shape != shape or out.dtype != np.float32:
         raise ValueError(f"`out` must be float32 with shape {shape}, got {out.dtype} with shape {out.shape}.")
     vectors = _augmented(query, gallery)
-    neighbours, longest = _neighbours(vectors, k1 + 1, out, query if hasattr(query, "detach") else None)
+    if hasattr(query, "detach"):
+        neighbours, longest = _neighbours_on_gpu(query.new_tensor(vectors), k1 + 1, out)
+    else:
+        neighbours, longest = _neighbours(vectors, k1 + 1, out)
     codes = _codes(vectors, neighbours, longest, half=int(np.around(k1 / 2)) + 1)
     del vectors
     if k2 > 1:
@@ -121,7 +127,7 @@ def _other_side(rows: Any) -> Any:
     return turned
 
 
-def _neighbours(vectors: np.ndarray, num: int, out: np.ndarray, device: Any) -> tuple[np.ndarray, np.ndarray]:
+def _neighbours(vectors: np.ndarray, num: int, out: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The `num` nearest images of each, itself included, and its largest squared distance.
 
     Writes the squared distances between queries and gallery to `out`. Equal distances are ordered by index.
@@ -130,23 +136,18 @@ def _neighbours(vectors: np.ndarray, num: int, out: np.ndarray, device: Any) -> 
         int32 (images, num), nearest first, and float32 (images,).
     """
     num_images, num_queries = len(vectors), len(out)
-    # A CUDA tensor's distances are computed beside it, in float64 because float32 products may be rounded to TF32.
-    on_device = vectors if device is None else device.double().new_tensor(vectors)
     nearest = _Nearest(vectors, num)
     place = np.empty(min(BLOCK_ROWS, num_images) ** 2, np.float32)  # of each block: fresh memory costs time
     longest = np.zeros(num_images, np.float32)
     starts = range(0, num_images, BLOCK_ROWS)
     for first in starts:
         rows = slice(first, min(first + BLOCK_ROWS, num_images))
-        turned = _other_side(on_device[rows])
+        turned = _other_side(vectors[rows])
         for second in starts[first // BLOCK_ROWS :]:
             columns = slice(second, min(second + BLOCK_ROWS, num_images))
-            if device is None:
-                shape = rows.stop - rows.start, columns.stop - columns.start
-                block = place[: shape[0] * shape[1]].reshape(shape)
-                np.matmul(turned, vectors[columns].T, out=block)
-            else:
-                block = (turned @ on_device[columns].T).float().cpu().numpy()
+            shape = rows.stop - rows.start, columns.stop - columns.start
+            block = place[: shape[0] * shape[1]].reshape(shape)
+            np.matmul(turned, vectors[columns].T, out=block)
             if rows == columns:
                 np.fill_diagonal(block, 0)
             longest[rows] = np.maximum(longest[rows], block.max(axis=1))
@@ -161,6 +162,28 @@ def _neighbours(vectors: np.ndarray, num: int, out: np.ndarray, device: Any) -> 
             if rows != columns:
                 nearest.add_transposed(block, rows, columns)
     return nearest.indices(), np.maximum(longest, np.finfo(np.float32).tiny)
+
+
+def _neighbours_on_gpu(vectors: Any, num: int, out: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """As `_neighbours`, of CUDA vectors: some whole rows at a time, in float64, for float32 may be rounded to TF32."""
+    import torch
+
+    vectors = vectors.double()
+    num_images, num_queries = len(vectors), len(out)
+    indices, longest = np.empty((num_images, num), np.int32), np.empty(num_images, np.float32)
+    everyone = torch.arange(num_images).to(vectors.device)
+    for images in _row_chunks(num_images, _GPU_ELEMENTS // num_images):
+        rows = slice(images[0], images[-1] + 1)
+        block = (_other_side(vectors[rows]) @ vectors.T).float().clamp_(min=0)
+        block[everyone[: images.size], everyone[rows]] = 0
+        longest[rows] = block.amax(dim=1).cpu()
+        if images[0] < num_queries:
+            part = torch.from_numpy(out[rows])
+            part.copy_(block[: len(part), num_queries:])
+        keys = (block.view(torch.int32).long() << 32) + everyone  # as in `_Nearest`
+        nearest = keys.topk(num, dim=1, largest=False).values
+        indices[rows] = (nearest & (2**32 - 1)).cpu()
+    return indices, np.maximum(longest, np.finfo(np.float32).tiny)
 
 
 class _Nearest:
