@@ -2,7 +2,7 @@
 
     accelerate launch examples/embed.py --model runs/finetune --data photos/ --output features.npz
 
-For galleries that don't fit in one file or one run, there is `personvit embed`.
+Several processes share the images. For galleries that don't fit in one file or one run, there is `personvit embed`.
 
 The file holds `embeddings`, float32 (images, hidden) with rows of length 1, and `names`: paths, or row numbers where
 the images have none. Settings come from flags, from a YAML file (`--config FILE`), or both.
@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from accelerate import PartialState
+from accelerate import Accelerator
 
-from personvit_hf import embed_images, load_person_images
+from personvit_hf import load_person_images
+from personvit_hf.distributed import require_connected
 from personvit_hf.files import require_writable
 from personvit_hf.loading import load_embedder
-from personvit_hf.scripting import option, parse_arguments
+from personvit_hf.scripting import embed_shared, option, parse_arguments
 
 
 @dataclass
@@ -32,18 +33,23 @@ class EmbedArguments:
 
 def main() -> None:
     args = parse_arguments(EmbedArguments)
+    accelerator = Accelerator()
+    require_connected(accelerator)
     model, processor = load_embedder(args.model)
     images = load_person_images(args.data)
     require_writable(Path(args.output))
-    embeddings = embed_images(
-        model.to(PartialState().device),
+    embeddings = embed_shared(
+        accelerator,
+        model.to(accelerator.device),
         processor,
         images,
         batch_size=args.batch_size,
         num_workers=args.num_workers,
         max_broken_share=args.max_broken_share,
-        progress=True,
+        progress=accelerator.is_main_process,
     )
+    if not accelerator.is_main_process:
+        return
     names = np.array([(row and row["path"]) or f"row {index}" for index, row in enumerate(images["image"])])
     good = ~np.isnan(embeddings[:, 0])
     with open(args.output, "wb") as file:  # given a name, numpy would add .npz to any other ending

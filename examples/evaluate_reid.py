@@ -3,18 +3,20 @@
     accelerate launch examples/evaluate_reid.py --model runs/finetune --data examples/data
 
 The data set is a Market-1501 folder tree, or parquet or Hub data with the columns image, person_id and camera_id.
-Settings come from flags, from a YAML file (`--config FILE`), or both.
+Several processes share its images. Settings come from flags, from a YAML file (`--config FILE`), or both.
 """
 
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from accelerate import PartialState
+from accelerate import Accelerator
 
 from personvit_hf import load_reid_dataset
+from personvit_hf.distributed import require_connected
 from personvit_hf.files import require_writable
 from personvit_hf.loading import load_embedder
+from personvit_hf.reid_data import require_true_match
 from personvit_hf.scripting import option, parse_arguments, score
 
 
@@ -30,13 +32,24 @@ class EvaluationArguments:
 
 def main() -> None:
     args = parse_arguments(EvaluationArguments)
+    accelerator = Accelerator()
+    require_connected(accelerator)
     model, processor = load_embedder(args.model)
     dataset = load_reid_dataset(args.data)
+    require_true_match(dataset, args.data)
     if args.output:
         require_writable(Path(args.output))
     result = score(
-        model.to(PartialState().device), processor, dataset, args.use_cameras, args.batch_size, args.num_workers
+        model.to(accelerator.device),
+        processor,
+        dataset,
+        args.use_cameras,
+        args.batch_size,
+        args.num_workers,
+        accelerator=accelerator,
     )
+    if not accelerator.is_main_process:
+        return
 
     num_queries, num_valid = len(dataset["query"]), result["num_valid_queries"]
     print(f"{args.model} on {args.data}: {num_valid} of {num_queries} queries have a match")

@@ -117,11 +117,12 @@ def start(script: str, launcher: tuple[str, ...] = (), **settings) -> subprocess
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def run_on_two_processes(script: str, **settings) -> None:
+def run_on_two_processes(script: str, **settings) -> str:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     process = start(script, launcher, **settings)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
+    return output
 
 
 def run_and_kill(script: str, after_step: int, **settings) -> None:
@@ -390,6 +391,19 @@ def test_evaluation_gives_the_results_of_finetuning(people, pretrained, finetune
 
     run("evaluate_reid.py", model=pretrained, data=people / "market", output=output, num_workers=0)
     assert json.loads(output.read_text())["mAP"] != expected["mAP"]
+
+
+def test_two_processes_share_the_images_that_they_embed(people, finetuned, tmp_path):
+    output = run_on_two_processes("evaluate_reid.py", model=finetuned, data=people / "market", num_workers=0)
+    expected = json.loads((finetuned / "results.json").read_text())
+    assert output.count("27 of 27 queries have a match") == 1  # by the main process
+    assert f"mAP {100 * expected['mAP']:6.2f}" in output
+    settings = {"model": finetuned, "data": people / "unlabelled", "num_workers": 0}
+    run_on_two_processes("embed.py", output=tmp_path / "two.npz", **settings)
+    run("embed.py", output=tmp_path / "one.npz", **settings)
+    with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "two.npz") as two:
+        np.testing.assert_array_equal(two["names"], one["names"])
+        np.testing.assert_allclose(two["embeddings"], one["embeddings"], rtol=0, atol=1e-6)
 
 
 def test_embedding_writes_vectors_and_names(people, finetuned, tmp_path):

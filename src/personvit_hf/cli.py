@@ -215,30 +215,37 @@ def evaluate(
     """Score a model on a labelled benchmark: mAP, mINP and CMC under the Market-1501 protocol."""
     import json
 
-    from accelerate import PartialState
+    from accelerate import Accelerator
 
+    from .distributed import require_connected
     from .files import require_writable
     from .loading import load_embedder
-    from .reid_data import load_reid_dataset
+    from .reid_data import load_reid_dataset, require_true_match
     from .scripting import score
 
+    accelerator = Accelerator()
+    require_connected(accelerator)
     network, processor = load_embedder(model)
     dataset = load_reid_dataset(data)
+    require_true_match(dataset, data)
     if output:
         require_writable(output)
     figures = score(
-        network.to(PartialState().device),
+        network.to(accelerator.device),
         processor,
         dataset,
         use_cameras,
-        batch_size=batch_size,
-        num_workers=num_workers,
+        batch_size,
+        num_workers,
+        accelerator=accelerator,
         reranked=rerank,
         expand=expand,
         remove_bias=remove_camera_bias,
         bootstrap=bootstrap,
         camera_pairs=camera_pairs,
     )
+    if not accelerator.is_main_process:
+        return
     typer.echo(f"{model} on {data}: {figures['num_valid_queries']} of {figures['num_queries']} queries have a match")
     _print_figures(figures)
     if output:

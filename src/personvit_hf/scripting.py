@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from transformers import BaseImageProcessor, HfArgumentParser, PreTrainedModel
 
 from .configuration_personvit import PersonViTConfig
@@ -187,6 +188,34 @@ def require_finite(step: int, output_dir: str | Path, **losses: float) -> None:
             )
 
 
+def embed_shared(
+    accelerator: Accelerator | None,
+    model: PreTrainedModel,
+    processor: BaseImageProcessor,
+    images: datasets.Dataset,
+    camera_ids: np.ndarray | None = None,
+    **options: Any,
+) -> np.ndarray:
+    """`embed_images` by all processes of an accelerator, each a part; all call it, and all get the whole.
+
+    Args:
+        accelerator: None for this process alone.
+        model: As in `embed_images`.
+        processor: The model's own.
+        images: Rows with a column `image`.
+        camera_ids: (images,) or None.
+        options: Go to `embed_images`.
+
+    Returns:
+        float32 (images, hidden).
+    """
+    if accelerator is None or accelerator.num_processes == 1:
+        return embed_images(model, processor, images, camera_ids, **options)
+    own = np.array_split(np.arange(len(images)), accelerator.num_processes)[accelerator.process_index]
+    cameras = None if camera_ids is None else camera_ids[own]
+    return np.concatenate(gather_object([embed_images(model, processor, images.select(own), cameras, **options)]))
+
+
 def embed_benchmark(
     model: PreTrainedModel,
     processor: BaseImageProcessor,
@@ -194,6 +223,7 @@ def embed_benchmark(
     use_cameras: bool = True,
     batch_size: int = 64,
     num_workers: int = 0,
+    accelerator: Accelerator | None = None,
 ) -> dict[str, np.ndarray]:
     """Embeds a benchmark's query and gallery; the arguments are those of `score`.
 
@@ -205,9 +235,9 @@ def embed_benchmark(
     for split in ("query", "gallery"):
         rows = dataset[split]
         cameras = np.array(rows["camera_id"])
-        columns[f"{split}_embeddings"] = embed_images(
-            model, processor, rows, cameras if use_cameras else None, batch_size, num_workers
-        )
+        cameras_told = cameras if use_cameras else None
+        options = {"batch_size": batch_size, "num_workers": num_workers}
+        columns[f"{split}_embeddings"] = embed_shared(accelerator, model, processor, rows, cameras_told, **options)
         columns[f"{split}_person_ids"] = np.array(rows["person_id"])
         columns[f"{split}_camera_ids"] = cameras
     return columns
@@ -223,6 +253,7 @@ def score(
     reranked: bool = False,
     expand: int = 0,
     remove_bias: bool = False,
+    accelerator: Accelerator | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Embeds a benchmark's query and gallery and ranks them, without the gallery's junk images (person_id -1).
@@ -237,16 +268,19 @@ def score(
         reranked: Whether to rank by `rerank`'s distances.
         expand: How many gallery images each query is averaged with first, see `expand_queries`; 0 for none.
         remove_bias: Whether each camera's mean is taken away first, see `remove_camera_bias`.
+        accelerator: If given, its processes share the images, all call this, and the main one scores.
         options: Go to `evaluate_reid`. A column `occlusion` of the queries, labels or hidden shares, becomes one of
             its `query_groups`.
 
     Returns:
-        What `evaluate_reid` returns: mAP, mINP, cmc, rank1 and so on.
+        What `evaluate_reid` returns: mAP, mINP, cmc, rank1 and so on. Nothing in other processes than the main one.
     """
     gallery_person_ids = np.array(dataset["gallery"]["person_id"])
     if (junk := gallery_person_ids == -1).any():  # no neighbours either, of what is re-ranked, expanded or centred
         dataset = datasets.DatasetDict({**dataset, "gallery": dataset["gallery"].select(np.flatnonzero(~junk))})
-    columns = embed_benchmark(model, processor, dataset, use_cameras, batch_size, num_workers)
+    columns = embed_benchmark(model, processor, dataset, use_cameras, batch_size, num_workers, accelerator)
+    if accelerator is not None and not accelerator.is_main_process:
+        return {}
     query, gallery = columns.pop("query_embeddings"), columns.pop("gallery_embeddings")
     if remove_bias:
         cameras = np.concatenate([columns["query_camera_ids"], columns["gallery_camera_ids"]])
