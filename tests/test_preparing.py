@@ -2,6 +2,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -304,6 +305,52 @@ def test_other_source_or_size_is_refused(small, tmp_path):
     (small / "0.jpg").rename(small / "00.jpg")
     with pytest.raises(ValueError, match="holds other images"):
         prepare_dataset(small, tmp_path / "out", shard_images=2)
+
+
+def test_other_pictures_of_the_same_names_are_refused(tmp_path):
+    crops = [{f"{j}.jpg": picture(4 * camera + j) for j in range(4)} for camera in range(2)]
+    cameras = [to_folder(tmp_path / f"cam{camera}" / "crops", files) for camera, files in enumerate(crops)]
+    prepare_dataset(cameras[0], tmp_path / "out", shard_images=2)
+    with pytest.raises(ValueError, match=r"train-00000-of-00002\.parquet: holds other images"):
+        prepare_dataset(cameras[1], tmp_path / "out", shard_images=2)
+
+
+def test_repaired_picture_is_added_once_its_shard_is_removed(small, tmp_path):
+    (small / "3.jpg").write_bytes(JPEG[:-900])
+    (small / "4.jpg").symlink_to(small / "later.jpg")
+    out = tmp_path / "out"
+    report = prepare_dataset(small, out, shard_images=3)
+    assert report.skipped == {DAMAGED: ["3.jpg"], "can't be opened": ["4.jpg"]}
+    (small / "3.jpg").write_bytes(JPEG)
+    with pytest.raises(ValueError, match="remove this file to write it again"):
+        prepare_dataset(small, out, shard_images=3)
+    (out / "train-00001-of-00002.parquet").unlink()
+    report = prepare_dataset(small, out, shard_images=3)
+    assert (report.kept, report.new_shards) == ({"train": 4}, 1)
+
+
+@pytest.mark.parametrize("name", ["crops", "crops.zip", "crops.tar", "crops.lmdb"])
+def test_moved_source_is_the_same_and_a_replaced_one_is_not(tmp_path, name):
+    def write(content):
+        path = tmp_path / "in" / name
+        if name == "crops":
+            to_folder(path, {"0.jpg": content})
+        elif name == "crops.lmdb":
+            lmdb = pytest.importorskip("lmdb")
+            with lmdb.open(str(path), map_size=2**20, subdir=False) as database, database.begin(write=True) as changes:
+                changes.put(b"0", content)
+        else:
+            to_archive(path, {"0.jpg": content})
+
+    (tmp_path / "in").mkdir()
+    write(JPEG)
+    assert prepare_dataset(tmp_path / "in" / name, tmp_path / "out").new_shards == 1
+    shutil.move(tmp_path / "in", tmp_path / "moved")
+    assert prepare_dataset(tmp_path / "moved" / name, tmp_path / "out").new_shards == 0
+    shutil.move(tmp_path / "moved", tmp_path / "in")
+    write(JPEG[::-1])  # of the same size
+    with pytest.raises(ValueError, match="holds other images"):
+        prepare_dataset(tmp_path / "in" / name, tmp_path / "out")
 
 
 def test_two_processes_in_one_folder(small, tmp_path):

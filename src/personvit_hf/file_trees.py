@@ -68,6 +68,13 @@ class FileTree:
         """
         raise NotImplementedError
 
+    def stamp(self, name: str) -> tuple[int, int] | None:
+        """What tells that a file was replaced without reading it: size in bytes and time of change in ns.
+
+        Of an archive or LMDB its own, which has changed if any member has. None where nothing is told.
+        """
+        return _size_and_time(self.path)
+
     def address(self, name: str) -> str:
         """Where `read_address` finds the file: a path, or "zip://<member>::<archive>"."""
         return f"{self.kind}://{name}::{self.path}"
@@ -102,6 +109,10 @@ class FolderTree(FileTree):
     def read(self, name: str) -> bytes:
         """As in `FileTree`."""
         return read_file(self.path / name)
+
+    def stamp(self, name: str) -> tuple[int, int] | None:
+        """As in `FileTree`."""
+        return _size_and_time(self.path / name)
 
     def address(self, name: str) -> str:
         """The path."""
@@ -261,6 +272,7 @@ class LmdbTree(FileTree):
             import lmdb
         except ImportError as error:
             raise ImportError(f"{path}: an LMDB needs the package lmdb: pip install 'personvit-hf[lmdb]'.") from error
+        self._file = path / "data.mdb" if path.is_dir() else path
         try:
             with self._open() as database:
                 self._require_whole(database)
@@ -284,13 +296,16 @@ class LmdbTree(FileTree):
                 raise self._unreadable(name, "file too large", f"{len(content)} bytes")
             return bytes(content)
 
+    def stamp(self, name: str) -> tuple[int, int] | None:
+        """As in `FileTree`."""
+        return _size_and_time(self._file)
+
     def _require_whole(self, database: Any) -> None:
         """LMDB reads through a mapping of the file: a page behind its end kills the process (SIGBUS)."""
         expected = (database.info()["last_pgno"] + 1) * database.stat()["psize"]
-        file = self.path / "data.mdb" if self.path.is_dir() else self.path
-        found = file.stat().st_size
+        found = self._file.stat().st_size
         if found < expected:
-            raise ValueError(f"{file}: an LMDB that is cut off ({found} of {expected} bytes). Fetch it again.")
+            raise ValueError(f"{self._file}: an LMDB that is cut off ({found} of {expected} bytes). Fetch it again.")
 
     def _open(self) -> Any:
         """Opened for each use: LMDB refuses to open a file twice in a process or its forks, and mapping is cheap."""
@@ -390,6 +405,14 @@ def read_file(path: str | os.PathLike) -> bytes:
         return Path(path).read_bytes()
     except OSError as error:
         raise UnreadableFile(f"{path}: can't be opened: {error.strerror}.", "can't be opened") from error
+
+
+def _size_and_time(path: Path) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except OSError:  # such as a link to nothing
+        return None
+    return status.st_size, status.st_mtime_ns
 
 
 def walk_files(root: Path, hidden: bool = False) -> Iterable[str]:

@@ -103,7 +103,8 @@ def prepare_dataset(
 ) -> PrepareReport:
     """Writes a data set to parquet files `<split>-<number>-of-<count>.parquet`, with README.md and report.json.
 
-    A run that was cut off goes on when it is started again with the same arguments.
+    A run that was cut off goes on when it is started again with the same arguments. Files count as the same by name,
+    size and time of change (of an archive: its own), so the source may have been moved, or copied with its times.
 
     Args:
         name_or_path: A benchmark's name or "luperson" with `root`; or a folder or archive: with the columns image,
@@ -119,7 +120,7 @@ def prepare_dataset(
     Raises:
         FileNotFoundError, ValueError: As in `load_reid_dataset` and `load_person_images`; or a folder holds a
             Market-1501 or MSMT17 tree or archive, which must be given itself; or `out` holds shards of another source,
-            another process is at work in it, or no image can be kept.
+            or of this one as it was; or another process is at work in it, or no image can be kept.
         OSError: A shard can't be written, for want of space, say. The message tells how many are whole.
 
     Warns:
@@ -245,7 +246,10 @@ def _finished(path: Path, rows: list[_Row]) -> dict[str, list[str]] | None:
         logger.warning("%s is cut off or damaged; it is written again.", path)
         return None
     if fingerprint != _fingerprint(rows):
-        raise ValueError(f"{path}: holds other images than the source does now. Choose another folder, or remove it.")
+        raise ValueError(
+            f"{path}: holds other images than the source does now, by their names, sizes or times of change. Choose "
+            "another folder, or remove this file to write it again."
+        )
     return skipped
 
 
@@ -255,6 +259,7 @@ def _write_shard(path: Path, rows: list[_Row]) -> dict[str, list[str]]:
         features |= {"person_id": datasets.Value("int64"), "camera_id": datasets.Value("int64")}
     schema = datasets.Features(features).arrow_schema
     skipped: dict[str, list[str]] = {}
+    fingerprint = _fingerprint(rows)  # of the source before it is read, so that a change meanwhile is noticed
     part = path.with_name(f".{path.name}.part")
     try:
         with open(part, "wb") as file:
@@ -262,7 +267,7 @@ def _write_shard(path: Path, rows: list[_Row]) -> dict[str, list[str]]:
                 for group in _groups(rows, skipped):
                     writer.write_table(pa.Table.from_pylist(group, schema))
                 writer.add_key_value_metadata(
-                    {_METADATA: json.dumps({"rows": _fingerprint(rows), "skipped": skipped}).encode()}
+                    {_METADATA: json.dumps({"rows": fingerprint, "skipped": skipped}).encode()}
                 )
             file.flush()
             os.fsync(file.fileno())
@@ -296,7 +301,8 @@ def _groups(rows: list[_Row], skipped: dict[str, list[str]]) -> Iterator[list[di
 
 
 def _fingerprint(rows: list[_Row]) -> str:
-    listed = json.dumps([[row.tree.path.name, row.name, row.ids] for row in rows])
+    """Of names, ids, sizes and times, so not of where the source lies: it may be moved."""
+    listed = json.dumps([[row.tree.path.name, row.name, row.ids, row.tree.stamp(row.name)] for row in rows])
     return hashlib.sha256(listed.encode()).hexdigest()
 
 
