@@ -34,7 +34,7 @@ HUB_LIBRARIES = {"torch", "torchvision", "numpy", "transformers", "huggingface_h
 # What training feeds on is known before there is a model.
 MODEL_FREE_FILES = [
     *("masking.py", "augmentation.py", "sampling.py", "schedules.py", "reid_data.py", "person_images.py"),
-    *("file_trees.py", "reid_layouts.py", "preparing.py", "shards.py", "streaming.py"),
+    *("file_trees.py", "reid_layouts.py", "preparing.py", "shards.py", "streaming.py", "dataset_loading.py"),
     *("tracks.py", "detection.py", "video.py"),
 ]
 

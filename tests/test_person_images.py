@@ -116,6 +116,25 @@ def test_folder_name_is_no_pattern(tmp_path, name):
         load_person_images(tmp_path / name)
 
 
+def test_parquet_beside_loose_images_is_refused(tree, tmp_path):
+    parquet(tree / "pq" / "train.parquet")
+    with pytest.raises(ValueError, match=r"tree: parquet files \(pq/train\.parquet\) beside loose images \("):
+        load_person_images(tree)
+    assert len(load_person_images(tree / "pq")) == 3
+    # a copy of a data set whose card has pictures
+    (tree / "README.md").write_text("---\nconfigs:\n- config_name: a\n  data_files: pq/*.parquet\n---\n")
+    assert len(load_person_images(tree)) == 3
+
+
+def test_embeddings_beside_images_are_passed_over(tree):
+    num_images = len(load_person_images(tree))
+    parquet(tree / "emb" / "shard-00000.parquet")
+    (tree / "emb" / "embeddings.json").write_text("{}")
+    assert len(load_person_images(tree)) == num_images
+    with pytest.raises(ValueError, match="emb: no image in it"):
+        load_person_images(tree / "emb")
+
+
 def test_parquet_at_a_path_with_two_colons_is_refused_by_name(tmp_path):
     (tmp_path / "x").mkdir()
     parquet(tmp_path / "x" / "train.parquet")

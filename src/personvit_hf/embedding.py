@@ -24,13 +24,13 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, PreTrainedModel
 
+from .dataset_loading import EMBEDDINGS_FILE as SETTINGS_FILE
 from .person_images import BrokenImage, BrokenImageBudget, PersonImages, decode_image, rgb_pixels, split_broken
 
 SHARD_IMAGES = 4096
 logger = logging.getLogger(__name__)
 
 _FORMAT = 1
-SETTINGS_FILE = "embeddings.json"
 # Columns of a labelled data set that travel with the vectors.
 ID_COLUMNS = ("person_id", "camera_id", "track_id")
 

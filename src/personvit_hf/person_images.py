@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import io
 import json
 import logging
@@ -17,11 +16,9 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets.data_files import DataFilesDict, get_data_patterns, sanitize_patterns
-from datasets.utils.metadata import MetadataConfigs
-from huggingface_hub import DatasetCard
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from .dataset_loading import literal, load_rows, parquet_files, readme_configs, with_image_column
 from .file_trees import (
     ARCHIVE_SUFFIXES,
     FileTree,
@@ -61,7 +58,8 @@ def load_person_images(
             - a folder of images (jpg, jpeg, png, bmp, webp; any depth), sorted by path. Hidden files and files of
               other kinds are ignored; links to files and folders are followed, each folder once;
             - a folder with parquet files, or a Hub data set "owner/name", with a column `image`: its config
-              "unlabelled" if its README defines one, else its default config; always the split `train`;
+              "unlabelled" if its README defines one, else its default config; always the split `train`. Loose images
+              beside the files are passed over if a README defines configs, else refused; embeddings are no images;
             - one parquet file; or the index of `personvit data select`, for the images of its data that are kept;
             - a .zip or .tar archive of images, or a folder of such archives;
             - an LMDB of encoded images by key, or a folder with one (needs the package lmdb);
@@ -91,7 +89,8 @@ def load_person_images(
         if (told := selection_settings(source)) is not None:
             return _selected(source, told, keep)
         rows = load_rows("parquet", split="train", data_files=literal(source))
-    elif source.is_dir() and any(file.endswith(".parquet") for file in walk_files(source)):
+    elif source.is_dir() and (shards := parquet_files(source)):
+        _require_no_loose_images(source, shards)
         rows = load_rows(source, config="unlabelled", split="train")
     else:
         warn_of_test_pictures(source)
@@ -111,6 +110,16 @@ def load_person_images(
         )
     columns = ["image", *(column for column in keep if column in rows.column_names)]
     return with_image_column(rows, name_or_path, decode=False).select_columns(columns)
+
+
+def _require_no_loose_images(folder: Path, shards: list[str]) -> None:
+    """Raises a ValueError if images lie beside parquet files, as either may be meant, and no README tells which."""
+    loose = next((file for file in walk_files(folder) if file.lower().endswith(IMAGE_SUFFIXES)), None)
+    if loose is not None and not readme_configs(folder):
+        raise ValueError(
+            f"{folder}: parquet files ({os.path.relpath(shards[0], folder)}) beside loose images "
+            f"({os.path.relpath(loose, folder)}): either may be meant. Give a folder with one kind of them alone."
+        )
 
 
 def selection_settings(file: Path) -> dict[str, Any] | None:
@@ -413,88 +422,3 @@ def resolve_source(name_or_path: str | os.PathLike) -> Path | str:
     if isinstance(name_or_path, str) and _HUB_NAME.fullmatch(name_or_path):
         return name_or_path
     raise FileNotFoundError(f"{name_or_path}: no such file or folder. (A data set on the Hub is written owner/name.)")
-
-
-def load_rows(source: Path | str, config: str | None = None, **options: Any) -> Any:
-    """`datasets.load_dataset` with the wanted config where the data set defines it, and with errors that name it.
-
-    Args:
-        source: Folder, as a `Path`; or Hub data set or "parquet".
-        config: Config to take if the data set's README defines it; else its default config is taken.
-        options: Go to `datasets.load_dataset`; `data_files` of this machine by their `literal` names.
-
-    Raises:
-        FileNotFoundError: Neither a folder nor a Hub data set that can be reached.
-        ValueError: Its files, splits or README can't be read.
-    """
-    try:
-        name, config, more = load_arguments(source, config)
-        return datasets.load_dataset(name, config, **options, **more)
-    except (FileNotFoundError, ConnectionError) as error:
-        raise FileNotFoundError(
-            f"{source}: no such folder, and no such data set reached on the Hub: {error}"
-        ) from error
-    except OSError:  # such as a full disk
-        raise
-    except Exception as error:  # READMEs and files of any content raise a dozen types
-        raise ValueError(f"{options.get('data_files', source)}: can't be read: {error.__cause__ or error}") from error
-
-
-def load_arguments(source: Path | str, config: str | None) -> tuple[str, str | None, dict[str, Any]]:
-    """What `datasets.load_dataset` takes for a folder (a `Path`) by its literal name, a Hub data set or "parquet".
-
-    Returns:
-        Path, the config if the data set defines it, and keywords.
-    """
-    if isinstance(source, Path):
-        source = source.resolve()  # as `datasets` does
-        configs = readme_configs(source)
-        if literal(source) != str(source):
-            return "parquet", None, {"data_files": _literal_files(source, configs, config)}
-    else:
-        configs = datasets.get_dataset_config_names(source) if config is not None else ()
-    return str(source), config if config in configs else None, {}
-
-
-def readme_configs(folder: Path) -> MetadataConfigs:
-    """The configs that the README of a folder defines.
-
-    Raises:
-        ValueError: It can't be read.
-    """
-    readme = folder / "README.md"
-    try:
-        return MetadataConfigs.from_dataset_card_data(DatasetCard.load(readme).data if readme.is_file() else {})
-    except Exception as error:  # YAML of any content
-        raise ValueError(f"{readme}: what it tells of the data set can't be read: {error}") from error
-
-
-def literal(path: str | os.PathLike) -> str:
-    """A path of this machine as `datasets` must be given it: [, * and ? are patterns to it, "::" parts file systems.
-
-    Raises:
-        ValueError: There is "::" in it, which can't be given.
-    """
-    if "::" in os.fspath(path):
-        raise ValueError(f'{path}: shards at a path with "::" in it can\'t be read; rename the folder or file.')
-    return glob.escape(os.fspath(path))
-
-
-def _literal_files(folder: Path, configs: MetadataConfigs, config: str | None) -> DataFilesDict:
-    """The parquet files that `datasets` would find for a config if the folder's own name were no pattern."""
-    name = config if config in configs else configs.get_default_config_name()
-    if configs and name is None:
-        raise ValueError(f"{folder}: none of its configs is the default: {', '.join(configs)}.")
-    base, patterns = literal(folder), configs.get(name, {}).get("data_files")
-    patterns = get_data_patterns(base) if patterns is None else sanitize_patterns(patterns)
-    return DataFilesDict.from_patterns(patterns, base_path=base, allowed_extensions=[".parquet"])
-
-
-def with_image_column(rows: datasets.Dataset, source: Any, decode: bool) -> datasets.Dataset:
-    """`rows` with the column image as `datasets.Image(decode=decode)`; an error that names `source` if it can't be."""
-    if "image" not in rows.column_names:
-        raise ValueError(f"{source}: no column `image`; found {', '.join(rows.column_names)}.")
-    try:
-        return rows.cast_column("image", datasets.Image(decode=decode))
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise ValueError(f"{source}: column `image` holds {rows.features['image']}, not images.") from error

@@ -10,8 +10,9 @@ from typing import Any
 
 import datasets
 
-from .file_trees import TarTree, UnreadableFile, given_path, open_tree, walk_files, warn_of_skipped
-from .person_images import literal, load_rows, readme_configs, resolve_source, with_image_column
+from .dataset_loading import literal, load_rows, parquet_files, readme_configs, with_image_column
+from .file_trees import TarTree, UnreadableFile, given_path, open_tree, warn_of_skipped
+from .person_images import resolve_source
 from .reid_layouts import (
     MARKET_FOLDERS,
     LabelledFiles,
@@ -188,7 +189,7 @@ def _archive_rows(
 
 
 def _local_parquet(root: Path) -> dict[str, datasets.Dataset]:
-    files = [os.path.relpath(file, root) for file in walk_files(root) if file.endswith(".parquet")]
+    files = [os.path.relpath(file, root) for file in parquet_files(root)]
     if not files:
         raise ValueError(
             f"{root}: neither a Market-1501 tree ({', '.join(MARKET_FOLDERS.values())}), nor one of MSMT17, nor a "
@@ -197,7 +198,7 @@ def _local_parquet(root: Path) -> dict[str, datasets.Dataset]:
     if "labelled" in readme_configs(root):
         return load_rows(root, config="labelled")
     by_split: dict[str, list[str]] = {split: [] for split in SPLITS}
-    for file in sorted(files):
+    for file in files:
         # The innermost name decides: train_data/query-0.parquet is query.
         names = [split for part in reversed(Path(file).parts) for split in SPLITS if part.startswith(split)]
         if names:
@@ -205,7 +206,7 @@ def _local_parquet(root: Path) -> dict[str, datasets.Dataset]:
     absent = [split for split, paths in by_split.items() if not paths]
     if absent:
         raise ValueError(
-            f"{root}: no parquet file or subfolder starts with {', '.join(absent)}; found {', '.join(sorted(files))}."
+            f"{root}: no parquet file or subfolder starts with {', '.join(absent)}; found {', '.join(files)}."
         )
     # One by one: read together they would have to agree in every column, ours or not.
     return {split: load_rows("parquet", data_files=paths, split="train") for split, paths in by_split.items()}

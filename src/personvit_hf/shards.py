@@ -17,8 +17,9 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .dataset_loading import literal, load_arguments
 from .file_trees import walk_files
-from .person_images import IMAGE_SUFFIXES, literal, load_arguments, resolve_source, selection_settings
+from .person_images import IMAGE_SUFFIXES, resolve_source, selection_settings
 
 PARQUET_SUFFIX = ".parquet"
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
