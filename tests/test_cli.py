@@ -49,6 +49,26 @@ def test_unknown_options_are_refused(tmp_path):
     assert "--taget" in process.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "place"),
+    [
+        (["embed", "", "--model", "m", "--out", "g"], "embed"),
+        (["embed", "images", "--model", "", "--out", "g"], "--model"),
+        (["embed", "images", "--model", "m", "--out="], "--out"),
+        (["data", "select", "", "--by", "random", "--out", "x.parquet"], "select"),
+        (["data", "prepare", "images", "--out", ""], "--out"),
+        (["convert", "a.pth", ""], "a.pth"),
+        (["search", "--gallery", "g", "--query", ""], "--query"),
+    ],
+)
+def test_empty_paths_are_not_the_current_folder(tmp_path, monkeypatch, arguments, place):
+    save_pictures(tmp_path / "images", "a")
+    monkeypatch.chdir(tmp_path / "images")
+    result = invoke(*arguments)
+    assert result.exit_code == 2 and f"after {place} is empty" in re.sub(r"[\s│]+", " ", result.output)
+    assert [path.name for path in Path().iterdir()] == ["a.png"]
+
+
 # convert
 
 

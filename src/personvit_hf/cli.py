@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from enum import Enum
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +14,21 @@ import typer
 from .cli_data import data_app
 from .cli_show import show_app
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+class _Commands(typer.core.TyperGroup):
+    """Refuses empty arguments: `Path` makes the current folder of them, and no option has a use for them."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        for before, argument in pairwise(["personvit", *args]):
+            if not argument or re.fullmatch("--[a-z-]+=", argument):
+                place = argument.rstrip("=") or before
+                raise typer.BadParameter(f"What stands after {place} is empty. Is a variable not set?")
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
+)
 
 
 class Runtime(str, Enum):
