@@ -218,6 +218,26 @@ def test_other_settings_and_two_processes(people, tmp_path):
         crops_from_videos([people[0]], tmp_path / "other", [people[1]], rules=RULES)
 
 
+def test_a_start_that_made_nothing_locks_no_folder(people, tmp_path, monkeypatch):
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
+    with pytest.raises(FileNotFoundError, match="or give boxes"):
+        crops_from_videos([people[0]], tmp_path / "out", rules=RULES)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="no crop can be kept"):
+        crops_from_videos([people[0]], tmp_path / "out", [people[1]], rules=CropRules(min_height=1000))
+    assert crops_from_videos([people[0]], tmp_path / "out", [people[1]], rules=RULES).kept > 0
+    with pytest.raises(ValueError, match="holds crops of other videos or settings"):
+        crops_from_videos([people[0]], tmp_path / "out", [people[1]], rules=CropRules(min_height=1000))
+
+
+def test_detections_are_of_one_detector(people, tmp_path):
+    (tmp_path / "out").mkdir()
+    for name in ("from-video.json", "detections-0000-00000.json"):
+        (tmp_path / "out" / name).write_text("[]")
+    with pytest.raises(ValueError, match="holds crops of other videos or settings"):
+        crops_from_videos([people[0]], tmp_path / "out", [people[1]], rules=RULES)
+
+
 def test_bad_videos(people, tmp_path):
     with pytest.raises(FileNotFoundError, match="no such video"):
         crops_from_videos([tmp_path / "a.mp4"], tmp_path / "out", [people[1]])

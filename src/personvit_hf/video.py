@@ -204,6 +204,7 @@ def crops_from_videos(
     rules = rules or CropRules(min_score=DETECTOR_SCORE if boxes is None else None)
     given = None if boxes is None else [read_boxes(file) for file in boxes]
     opened = [VideoFrames(video) for video in videos]
+    find = PersonDetector(detector, detector_weights) if boxes is None else None  # may fail: before `out` is claimed
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     source = {"detector": detector, "weights": str(detector_weights)}
@@ -216,7 +217,6 @@ def crops_from_videos(
                 out, {"videos": files, **source, "stride": stride, "rules": asdict(rules), "blur_heads": blur_heads}
             )
             if given is None:
-                find = PersonDetector(detector, detector_weights)
                 given = [_detect(video, i, find, stride, out, progress) for i, video in enumerate(opened)]
             report = VideoReport(videos=len(opened))
             for index, (video, found) in enumerate(zip(opened, given, strict=True)):
@@ -234,13 +234,15 @@ def _claim(out: Path, settings: dict) -> None:
     """Notes what the folder's crops are made of; a ValueError if it holds others."""
     file = out / "from-video.json"
     text = json.dumps(settings, indent=1, ensure_ascii=False)
-    if file.exists():
-        if file.read_text(encoding="utf-8") != text:
-            raise ValueError(f"{out}: holds crops of other videos or settings ({file.name}). Choose another folder.")
-    elif any(out.glob("*.parquet")):
+    shards = list(out.glob("*.parquet"))
+    if not file.exists() and shards:
         raise ValueError(f"{out}: holds parquet files of another source. Choose another folder.")
-    else:
-        with written_aside(file) as part:
+    if not file.exists() or file.read_text(encoding="utf-8") != text:
+        if any(out.glob("detections-*.json")) or any(map(_has_crops, shards)):
+            raise ValueError(f"{out}: holds crops of other videos or settings ({file.name}). Choose another folder.")
+        for shard in shards:  # of a start that found nothing
+            shard.unlink()
+        with written_aside(file, overwrite=True) as part:
             part.write_text(text, encoding="utf-8")
     for leftover in [*out.glob(".train-*"), *out.glob(".detections-*")]:  # of a run that was killed
         shutil.rmtree(leftover)
@@ -425,6 +427,13 @@ def _finished(path: Path) -> dict | None:
         return json.loads(content.metadata[_METADATA])
     except (OSError, pa.ArrowInvalid, KeyError, TypeError, ValueError):
         return None
+
+
+def _has_crops(shard: Path) -> bool:
+    try:
+        return pq.read_metadata(shard).num_rows > 0
+    except (OSError, pa.ArrowInvalid):
+        return True  # not known
 
 
 def _count(counter: Counter[str], reason: str, number: int) -> None:
