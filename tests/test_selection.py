@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from layouts import jpegs, picture, to_folder
+from typer.testing import CliRunner
 
 from personvit_hf import PersonViTConfig, PersonViTImageProcessor, PersonViTModel, load_person_images
+from personvit_hf.cli import app
 from personvit_hf.embedding import EmbeddingFolder
 from personvit_hf.person_images import SELECTION_METADATA
 from personvit_hf.selection import forgetting_scores, near_duplicates, select_images, write_selection
@@ -178,6 +180,30 @@ def test_bad_index(crops, tmp_path):
         pq.write_table(table.replace_schema_metadata({SELECTION_METADATA: told}), index)
         with pytest.raises(ValueError, match=message):
             load_person_images(index)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--by", "loss"], "`by` must be"),
+        (["--keep", "0"], "`keep` must be"),
+        (["--near-duplicates", "95"], "cosine similarity in"),
+        (["--out", "kept.json"], "ends in .parquet"),
+        (["--out", "in/0.jpg/kept.parquet"], "can't be written"),
+        (["--adapted", "no/such/model"], "no/such/model: neither folder nor Hub name"),
+        ([], "features of two models"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else " ".join(value),
+)
+def test_the_command_checks_all_before_it_embeds(crops, tmp_path, monkeypatch, change, message):
+    monkeypatch.setattr("personvit_hf.embedding.write_embeddings", None)
+    monkeypatch.chdir(tmp_path)
+    PersonViTConfig().save_pretrained("before")
+    arguments = ["data", "select", "in", "--out", "kept.parquet", "--generic", "before", *change]
+    if "--adapted" not in change and change:
+        arguments += ["--adapted", "before"]
+    result = CliRunner().invoke(app, arguments)
+    assert message in str(result.exception)
 
 
 def test_the_command_from_checkpoints_to_an_index(crops, tmp_path):

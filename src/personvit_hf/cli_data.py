@@ -50,19 +50,20 @@ def select(
     """Choose images to pre-train on: an index of rows and scores, nothing copied."""
     from .cli import _absolute
     from .person_images import load_person_images, require_no_index
-    from .selection import select_images, write_selection
+    from .selection import check_index, check_rules, select_images, write_selection
 
-    if out.exists():
-        raise FileExistsError(f"{out} exists already: choose another name.")
+    models = {role: name for role, name in (("generic", generic), ("adapted", adapted)) if name is not None}
+    check_rules(by, keep, generic, adapted, near_duplicates)
+    for name in models.values():
+        _require_model(name)
+    check_index(out)
     require_no_index(data)
     data = _absolute(data)
     images = load_person_images(data)
     options = {"batch_size": batch_size, "num_workers": num_workers, "max_broken_share": max_broken_share}
     options["progress"] = sys.stderr.isatty()
     folders = {
-        role: _embedded(name, images, data, out.with_suffix(f".{role}"), **options)
-        for role, name in (("generic", generic), ("adapted", adapted))
-        if name is not None
+        role: _embedded(name, images, data, out.with_suffix(f".{role}"), **options) for role, name in models.items()
     }
     selection = select_images(len(images), by, keep, near_duplicate=near_duplicates, seed=seed, **folders)
     settings = {"by": by, "keep": keep, "near_duplicates": near_duplicates, "seed": seed}
@@ -124,6 +125,15 @@ def from_video(
         progress=sys.stderr.isatty(),
     )
     typer.echo(_printable_lines(f"{out}: {report}"))
+
+
+def _require_model(name: str) -> None:
+    """Stops before long work if there are no such features and no such checkpoint."""
+    from .embedding import SETTINGS_FILE
+    from .loading import read_config
+
+    if not (Path(name) / SETTINGS_FILE).is_file():
+        read_config(name)
 
 
 def _embedded(name: str, images: Any, data: str, folder: Path, **options: Any) -> Any:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .embedding import EmbeddingFolder
-from .files import written_aside
+from .files import require_writable, written_aside
 from .person_images import SELECTION_METADATA, require_no_index
 from .search import ExactIndex
 
@@ -128,6 +128,31 @@ def near_duplicates(embeddings: np.ndarray, threshold: float, order: np.ndarray)
     return repeated
 
 
+def check_rules(by: str, keep: float, generic: Any, adapted: Any, near_duplicate: float | None) -> None:
+    """Stops before features are made that `select_images` could not use.
+
+    Args:
+        by: As in `select_images`, as are the others.
+        keep: A share.
+        generic: Anything that stands for the features, or None if there will be none.
+        adapted: The same.
+        near_duplicate: A cosine similarity, or None.
+
+    Raises:
+        ValueError: Features are missing, or a number is out of range.
+    """
+    if by not in SELECTION_RULES:
+        raise ValueError(f"`by` must be one of {', '.join(SELECTION_RULES)}, got {by!r}.")
+    if not 0 < keep <= 1:
+        raise ValueError(f"`keep` must be a share in (0, 1], got {keep}.")
+    if by == "cfs" and (generic is None or adapted is None):
+        raise ValueError("Selection by cfs needs features of two models, `generic` and `adapted`.")
+    if near_duplicate is not None and adapted is None:
+        raise ValueError("Near-duplicates are told by the features of a model: give `adapted`.")
+    if near_duplicate is not None and not 0 < near_duplicate <= 1:
+        raise ValueError(f"Near-duplicates are told by a cosine similarity in (0, 1], got {near_duplicate}.")
+
+
 def select_images(
     num_images: int,
     by: str,
@@ -153,14 +178,7 @@ def select_images(
     Raises:
         ValueError: Features are missing, of other data or of different widths, or a number is out of range.
     """
-    if by not in SELECTION_RULES:
-        raise ValueError(f"`by` must be one of {', '.join(SELECTION_RULES)}, got {by!r}.")
-    if not 0 < keep <= 1:
-        raise ValueError(f"`keep` must be a share in (0, 1], got {keep}.")
-    if by == "cfs" and (generic is None or adapted is None):
-        raise ValueError("Selection by cfs needs features of two models, `generic` and `adapted`.")
-    if near_duplicate is not None and adapted is None:
-        raise ValueError("Near-duplicates are told by the features of a model: give `adapted`.")
+    check_rules(by, keep, generic, adapted, near_duplicate)
     for folder in (generic, adapted):
         if folder is not None and folder.settings["num_images"] != num_images:
             raise ValueError(
@@ -192,6 +210,21 @@ def select_images(
     return Selection(scores, repeated, kept, names)
 
 
+def check_index(out: str | os.PathLike) -> None:
+    """Stops before a selection is made that `write_selection` could not write.
+
+    Raises:
+        ValueError: `out` doesn't end in .parquet.
+        FileExistsError: There is such a file.
+        OSError: It can't be written.
+    """
+    if Path(out).suffix != ".parquet":
+        raise ValueError(f"{out}: the index is a parquet file; give it a name that ends in .parquet.")
+    if Path(out).exists():
+        raise FileExistsError(f"{out} exists already: choose another name.")
+    require_writable(Path(out))
+
+
 def write_selection(selection: Selection, out: str | os.PathLike, data: str, settings: dict[str, Any]) -> None:
     """Writes the index: a parquet file with the columns row, name, score, duplicate_of and kept, of all images.
 
@@ -203,10 +236,9 @@ def write_selection(selection: Selection, out: str | os.PathLike, data: str, set
 
     Raises:
         ValueError: `out` doesn't end in .parquet, or `data` are an index themselves.
-        FileExistsError: There is such a file.
+        FileExistsError, OSError: As in `check_index`.
     """
-    if Path(out).suffix != ".parquet":
-        raise ValueError(f"{out}: the index is a parquet file; give it a name that ends in .parquet.")
+    check_index(out)
     require_no_index(data)
     table = pa.Table.from_pydict(
         {
