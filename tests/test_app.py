@@ -238,6 +238,13 @@ def test_names_of_sources():
         named_sources(["runs/a", "old/a"])
 
 
+def test_an_existing_path_may_have_an_equals_sign(tmp_path):
+    (tmp_path / "lr=0.1" / "finetuned").mkdir(parents=True)
+    text = str(tmp_path / "lr=0.1" / "finetuned")
+    assert named_sources([text]) == {"finetuned": text}
+    assert named_sources([f"best={text}"]) == {"best": text}
+
+
 def test_sources_that_are_not_there_are_told_at_the_start(finder, tmp_path):
     model = {"m": finder.models["one"].path}
     with pytest.raises(ValueError, match="at least one model"):

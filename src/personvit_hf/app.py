@@ -213,13 +213,15 @@ class PersonFinder:
 def named_sources(texts: list[str]) -> dict[str, str]:
     """Names that the page shows for sources given as NAME=PATH or PATH: then the last part of the path.
 
+    A text that is a path as a whole is one, also with "=" in it.
+
     Raises:
         ValueError: Two have the same name.
     """
     sources: dict[str, str] = {}
     for text in texts:
         name, is_named, path = text.partition("=")
-        if not is_named:
+        if not is_named or Path(text).exists():
             name, path = Path(text).name or text, text
         if name in sources:
             raise ValueError(f"Two sources are called {name}: name them as NAME={path}.")
