@@ -339,25 +339,11 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(type(conversion.model), "save_pretrained", fails)
         with pytest.raises(OSError, match="no space"):
-            save_conversion(conversion, output, overwrite=True)
+            save_conversion(conversion, output)
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
     (tmp_path / "file").write_text("")
-    with pytest.raises(FileExistsError, match="file is a file"):
-        save_conversion(conversion, tmp_path / "file", overwrite=True)
-
-
-def test_a_folder_is_replaced_only_when_asked_and_with_all_that_is_in_it(tmp_path):
-    official = GOLDEN / "official_personvit_reid.pth"
-    output = tmp_path / "output"
-    save_conversion(convert_with_report(official, num_attention_heads=5), output)
-    narrow = convert_with_report(official, num_attention_heads=1)
-    with pytest.raises(FileExistsError, match="exists already.*--overwrite"):
-        save_conversion(narrow, output)
-    save_conversion(narrow, output, overwrite=True)
-    assert '"num_attention_heads": 1' in (output / "config.json").read_text()
-    (output / "results.json").write_text("{}")  # of the model that would be replaced
-    with pytest.raises(FileExistsError, match=r"other files, which would be lost: \['results.json'\]"):
-        save_conversion(narrow, output, overwrite=True)
+    with pytest.raises(NotADirectoryError, match="file"):
+        save_conversion(conversion, tmp_path / "file")
 
 
 def test_safetensors_of_any_names(tmp_path):

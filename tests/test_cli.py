@@ -1,7 +1,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -127,25 +126,6 @@ def test_convert_refuses_other_options(tmp_path, options, code, message):
         assert result.exit_code == 2 and message in result.output
     else:
         assert isinstance(result.exception, ValueError) and message in str(result.exception)
-
-
-def test_convert_replaces_nothing_unasked(checkpoint, tmp_path):
-    shutil.copytree(checkpoint, tmp_path / "trained")
-    (tmp_path / "back.pth").write_text("dear")
-    before = (checkpoint / "model.safetensors").read_bytes()
-    to_ours = ["convert", GOLDEN / "official_personvit_reid.pth", tmp_path / "trained", "--num-attention-heads", 5]
-    to_official = ["convert", checkpoint, tmp_path / "back.pth", "--to", "official"]
-    for command in (to_ours, to_official):
-        result = invoke(*command)
-        assert isinstance(result.exception, FileExistsError) and "--overwrite" in str(result.exception)
-    assert (tmp_path / "trained" / "model.safetensors").read_bytes() == before
-    assert (tmp_path / "back.pth").read_text() == "dear"
-    (tmp_path / "trained" / "README.md").write_text("the card of the trained model")
-    assert "README.md" in str(invoke(*to_ours, "--overwrite").exception)
-    (tmp_path / "trained" / "README.md").unlink()
-    for command in (to_ours, to_official):
-        assert invoke(*command, "--overwrite").exit_code == 0
-    assert (tmp_path / "trained" / "model.safetensors").read_bytes() != before
 
 
 def test_damaged_file_is_one_line_and_leaves_nothing(tmp_path):

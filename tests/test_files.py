@@ -7,7 +7,6 @@ from personvit_hf.files import (
     check_manifest,
     flush_to_disk,
     rename_durably,
-    require_free,
     require_writable,
     write_manifest,
     written_aside,
@@ -50,15 +49,6 @@ def test_what_exists_is_replaced_only_when_asked(tmp_path):
     write_folder(tmp_path / "out", ["a", "b"], overwrite=True)
     assert (tmp_path / "out" / "a").read_text() == "new"
     assert os.listdir(tmp_path) == ["out"]
-
-
-def test_what_will_be_refused_is_told_before(tmp_path):
-    (tmp_path / "empty").mkdir()
-    require_free(tmp_path / "empty")
-    require_free(tmp_path / "none")
-    with pytest.raises(FileExistsError, match="overwrite"):
-        require_free(tmp_path)
-    require_free(tmp_path, overwrite=True)
 
 
 def test_an_empty_folder_may_be_filled(tmp_path, monkeypatch):

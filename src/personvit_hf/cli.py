@@ -76,15 +76,10 @@ def convert(
     layer_norm_eps: Annotated[float | None, typer.Option(help="Told by the kind if not given.")] = None,
     image_mean: Annotated[str | None, typer.Option(metavar="R,G,B", help="Told by the kind if not given.")] = None,
     image_std: Annotated[str | None, typer.Option(metavar="R,G,B", help="Told by the kind if not given.")] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier conversion; refused if more lies in its folder.")
-    ] = False,
 ) -> None:
     """Convert a checkpoint of PersonViT, iBOT, DINO, TransReID(-SSL), PASS, timm or transformers for AutoModel."""
     from .conversion import convert_with_report, save_conversion
-    from .files import require_free
 
-    require_free(output, overwrite)
     overrides = {
         "num_attention_heads": num_attention_heads,
         "image_size": _numbers(image_size, int, "x"),
@@ -105,7 +100,7 @@ def convert(
     if to != "ours":
         raise typer.BadParameter(f"--to should be ours or official, got {to!r}.")
     conversion = convert_with_report(source, target, kind=kind, **overrides)
-    save_conversion(conversion, output, overwrite)
+    save_conversion(conversion, output)
     typer.echo(f"{type(conversion.model).__name__} of {source} ({conversion.kind}) written to {output}.")
     for reason in sorted(set(conversion.left_out.values())):
         keys = [key for key, value in conversion.left_out.items() if value == reason]

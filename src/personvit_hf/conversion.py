@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import re
+import tempfile
 from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +39,6 @@ from .checkpoint_sources import (
     split_weights,
 )
 from .configuration_personvit import PersonViTConfig
-from .files import written_aside
 from .image_processing_personvit import PersonViTImageProcessor
 from .modeling_personvit import PersonViTForReID, PersonViTModel
 from .modeling_personvit_pretraining import PersonViTForPreTraining
@@ -137,22 +138,27 @@ def convert_with_report(path: str | Path, target: str = "auto", *, kind: str = "
     return Conversion(model.eval(), processor, source.kind, source.left_out, source.notes)
 
 
-def save_conversion(conversion: Conversion, folder: str | Path, overwrite: bool = False) -> None:
+def save_conversion(conversion: Conversion, folder: str | Path) -> None:
     """Saves model and image processor for `from_pretrained`, aside first and then moved: nothing stands there half.
 
     Args:
         conversion: What `convert_with_report` returned.
-        folder: Made if need be.
-        overwrite: Replace an earlier conversion; a folder that holds other files, such as the card and figures of a
-            trained model, which would then tell of another one, is refused all the same.
+        folder: Made if need be; files of the same names are replaced.
 
     Raises:
-        FileExistsError: if `folder` is not empty and may not be replaced, or is a file.
         OSError: if it can't be written.
     """
-    with written_aside(Path(folder), overwrite) as aside:
-        conversion.model.save_pretrained(aside)
-        conversion.image_processor.save_pretrained(aside)
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder}: a file of this name is in the way of the output folder.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent) as partial:
+        conversion.model.save_pretrained(partial)
+        conversion.image_processor.save_pretrained(partial)
+        folder.mkdir(exist_ok=True)
+        # the configuration last: without it the folder is not taken for a model
+        for file in sorted(Path(partial).iterdir(), key=lambda path: path.name == "config.json"):
+            os.replace(file, folder / file.name)
 
 
 def _check_choices(target: str, kind: str, overrides: dict[str, Any]) -> None:

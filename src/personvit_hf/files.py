@@ -27,7 +27,10 @@ def written_aside(output: Path, overwrite: bool = False) -> Iterator[Path]:
         FileExistsError: if `output` exists and may not be replaced; an empty folder may always be.
     """
     output = Path(os.path.abspath(output))  # "." has a name then
-    require_free(output, overwrite)
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())) and not overwrite:
+        raise FileExistsError(
+            f"{output} exists already: choose another name, or overwrite it (`--overwrite`, `overwrite=True`)."
+        )
     output.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
@@ -45,18 +48,6 @@ def written_aside(output: Path, overwrite: bool = False) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(work)
-
-
-def require_free(output: Path, overwrite: bool = False) -> None:
-    """Says before long work whether `written_aside` will refuse what exists.
-
-    Raises:
-        FileExistsError: if `output` exists, is no empty folder, and shall not be overwritten.
-    """
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())) and not overwrite:
-        raise FileExistsError(
-            f"{output} exists already: choose another name, or overwrite it (`--overwrite`, `overwrite=True`)."
-        )
 
 
 def require_writable(file: Path) -> None:
