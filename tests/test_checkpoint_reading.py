@@ -344,6 +344,9 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError, match="file"):
         save_conversion(conversion, tmp_path / "file")
+    (output / "arguments.yaml").write_text("epochs: 1\n")
+    with pytest.raises(FileExistsError, match="output holds a run of training"):
+        save_conversion(conversion, output)
 
 
 def test_safetensors_of_any_names(tmp_path):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
+from .cards import SETTINGS_FILE as RUN_SETTINGS_FILE
 from .checkpoint_names import (
     OFFICIAL_HEAD_NAMES,
     Weight,
@@ -146,11 +147,14 @@ def save_conversion(conversion: Conversion, folder: str | Path) -> None:
         folder: Made if need be; files of the same names are replaced.
 
     Raises:
+        FileExistsError: if a training script wrote its model there.
         OSError: if it can't be written.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder}: a file of this name is in the way of the output folder.")
+    if (folder / RUN_SETTINGS_FILE).exists():
+        raise FileExistsError(f"{folder} holds a run of training, whose card and figures would tell of another model.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent) as partial:
         conversion.model.save_pretrained(partial)
