@@ -24,6 +24,10 @@ from .convolution_stem import PersonViTConvolutionStem
 from .linear import PersonViTLinear
 from .losses import batch_hard_triplet_loss
 
+# Patterns of what other models' checkpoints hold beside a backbone.
+OF_PRETRAINING = (r"^student\.", r"^(student|teacher)_head\.", r"^(patch_)?center$")
+OF_REID = (r"^(bottleneck|classifier)\.",)
+
 
 def interpolate_position_embeddings(
     position_embeddings: torch.Tensor, native_grid: tuple[int, int], grid: tuple[int, int]
@@ -313,15 +317,16 @@ class PersonViTPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": PersonViTLayer, "attentions": PersonViTAttention}
     _input_embed_layer = "patch_embeddings"
     # Every checkpoint's backbone loads into every class: heads and student of a pre-training run, the ReID head, and
-    # a mask token that fine-tuned models no longer have are left aside without a warning.
+    # a mask token that fine-tuned models no longer have are left aside without a warning. Classes with such parts
+    # leave their own patterns out.
     _keys_to_ignore_on_load_missing = [r"embeddings\.mask_token$"]
-    _keys_to_ignore_on_load_unexpected = [
-        r"^student\.",
-        r"^(student|teacher)_head\.",
-        r"^(patch_)?center$",
-        r"^(bottleneck|classifier)\.",
-        r"embeddings\.mask_token$",
-    ]
+    _keys_to_ignore_on_load_unexpected = [*OF_PRETRAINING, *OF_REID, r"embeddings\.mask_token$"]
+
+    def post_init(self) -> None:
+        """transformers' `post_init`, which adds the backbone's patterns: they would hide a model's own weights."""
+        super().post_init()
+        own = type(self)._keys_to_ignore_on_load_unexpected
+        self._keys_to_ignore_on_load_unexpected = type(self._keys_to_ignore_on_load_unexpected)(own)
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
@@ -501,6 +506,7 @@ class PersonViTForReID(PersonViTPreTrainedModel):
     """
 
     _auto_class = "AutoModelForImageClassification"
+    _keys_to_ignore_on_load_unexpected = [*OF_PRETRAINING, r"embeddings\.mask_token$"]
 
     def __init__(self, config: PersonViTConfig):
         super().__init__(config)
