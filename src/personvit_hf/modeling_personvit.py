@@ -345,6 +345,7 @@ class PersonViTPreTrainedModel(PreTrainedModel):
         self.config.auto_map = {
             "AutoConfig": "configuration_personvit.PersonViTConfig",
             "AutoModel": "modeling_personvit.PersonViTModel",
+            "AutoModelForImageClassification": "modeling_personvit.PersonViTForReID",
         }
         super().save_pretrained(save_directory, *args, **kwargs)
 
