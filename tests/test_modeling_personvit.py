@@ -16,6 +16,7 @@ from golden_fixtures import (
 from torch import nn
 from transformers import AutoModel, AutoModelForImageClassification, Trainer, TrainingArguments
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import logging as transformers_logging
 
 from personvit_hf import PersonViTConfig, PersonViTForReID, PersonViTModel, conversion
 from personvit_hf.modeling_personvit import batch_hard_triplet_loss, interpolate_position_embeddings
@@ -253,6 +254,26 @@ def test_trainer_takes_losses_as_means_and_logits_as_predictions(tmp_path):
         losses.append(trainer.state.log_history[0]["loss"])
     assert losses[1] == pytest.approx(losses[0], rel=0.2)
     assert trainer.predict(rows).predictions.shape == (8, 2)
+
+
+def test_trainer_s_label_smoothing_is_told_what_it_leaves_out(tmp_path, caplog):
+    transformers_logging.warning_once.cache_clear()
+    model = PersonViTForReID(tiny_config(num_labels=2)).train()
+    batch = {"pixel_values": images(4), "labels": torch.tensor([0, 0, 1, 1])}
+    for factor, warned in ((0.0, False), (0.1, True)):
+        settings = {"label_smoothing_factor": factor, "use_cpu": True, "report_to": "none"}
+        Trainer(model, TrainingArguments(tmp_path, **settings)).compute_loss(model, dict(batch))
+        assert ("set `label_smoothing` of the model's config" in caplog.text) == warned
+
+
+def test_one_image_is_too_few_for_the_neck_in_training():
+    model = tiny_model(PersonViTForReID)
+    assert model(images(1)).embeddings.shape == (1, 32)
+    model.train()
+    with pytest.raises(ValueError, match="at least 2 images.*`dataloader_drop_last=True`"):
+        model(images(1), labels=torch.tensor([0]))
+    model.bottleneck.eval()
+    assert model(images(1), labels=torch.tensor([0])).loss.isfinite()
 
 
 def test_triplet_loss_of_one_person_is_zero():

@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
+from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -24,6 +24,7 @@ from .convolution_stem import PersonViTConvolutionStem
 from .linear import PersonViTLinear
 from .losses import batch_hard_triplet_loss
 
+logger = logging.get_logger(__name__)
 # Patterns of what other models' checkpoints hold beside a backbone.
 OF_PRETRAINING = (r"^student\.", r"^(student|teacher)_head\.", r"^(patch_)?center$")
 OF_REID = (r"^(bottleneck|classifier)\.",)
@@ -547,12 +548,20 @@ class PersonViTForReID(PersonViTPreTrainedModel):
             camera_ids, view_ids (`torch.LongTensor` of shape `(batch,)`, *optional*): See [`PersonViTModel`].
 
         Raises:
-            ValueError: if a label is out of range, or the backbone refuses its input.
+            ValueError: if a label is out of range, a training batch has one image, or the backbone refuses its input.
         """
         if self.training:  # not in evaluation, where features equal the backbone's own to the last bit
             kwargs.setdefault("only_cls", not self._is_asked_for_more(kwargs))
         outputs = self.personvit(pixel_values, camera_ids=camera_ids, view_ids=view_ids, **kwargs)
         feature = outputs.pooler_output
+        if isinstance(self.bottleneck, nn.BatchNorm1d) and self.bottleneck.training and feature.shape[0] == 1:
+            fix = "set `dataloader_drop_last=True` (Trainer) or `drop_last=True` (DataLoader) if it is the last batch"
+            raise ValueError(f"The BNNeck needs a batch of at least 2 images in training, got 1: {fix}.")
+        if self.training and labels is None and not torch.compiler.is_compiling():
+            logger.warning_once(
+                "In training without `labels` there is no loss. With `label_smoothing_factor` Trainer keeps them, and "
+                "leaves out triplets and weights of losses: set `label_smoothing` of the model's config instead."
+            )
         normalized = self.bottleneck(feature)
         logits = self.classifier(normalized)
 
