@@ -5,6 +5,8 @@ import pytest
 import torch
 from golden_fixtures import assert_within, load_golden
 from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import resize
 from transformers import AutoImageProcessor
 
 from personvit_hf import PersonViTConfig, PersonViTImageProcessor
@@ -71,6 +73,39 @@ def test_grey_and_transparent_pictures_become_three_channels(backend):
     assert pixel_values.shape == (3, 3, HEIGHT, WIDTH)
     assert torch.equal(pixel_values[0, 0], pixel_values[0, 2])
     assert torch.equal(pixel_values[1], pixel_values[2])
+
+
+@both_backends
+@pytest.mark.parametrize("channels", [1, 2, 4, 5])
+def test_channels_do_not_depend_on_each_other(backend, channels):
+    """Four are no colour and its transparency: infrared, depth or a mask."""
+    image = np.random.default_rng(0).integers(0, 256, (60, 30, channels), dtype=np.uint8)
+    settings = {"image_mean": [0.5] * channels, "image_std": [0.5] * channels, "do_convert_rgb": False}
+    processor = official(backend, **settings)
+    pixel_values = processor(image, input_data_format="channels_last", return_tensors="pt")["pixel_values"]
+    assert pixel_values.shape == (1, channels, HEIGHT, WIDTH)
+    for channel in range(channels):
+        grey = np.repeat(image[..., channel, None], 3, axis=-1)
+        expected = official(backend, image_mean=[0.5] * 3, image_std=[0.5] * 3)(grey, return_tensors="pt")
+        assert_within(TOLERANCE, pixel_values[0, channel], expected["pixel_values"][0, 0])
+
+
+@both_backends
+def test_interpolation_may_be_named_by_torchvision(backend):
+    picture, processor = inputs(0)["picture"], official(backend)
+    by_pil, by_torchvision = (
+        processor(picture, resample=kind, return_tensors="pt")["pixel_values"]
+        for kind in (Image.Resampling.BICUBIC, InterpolationMode.BICUBIC)
+    )
+    assert torch.equal(by_pil, by_torchvision)
+    assert not torch.equal(by_pil, processor(picture, return_tensors="pt")["pixel_values"])
+
+
+def test_torchvision_s_own_nearest_has_no_name_in_pil():
+    kind = InterpolationMode.NEAREST
+    pixel_values = official(PersonViTImageProcessor)(inputs(0)["picture"], resample=kind, return_tensors="pt")
+    resized = resize(inputs(0)["tensor"], (HEIGHT, WIDTH), kind) / 255
+    assert_within(1e-5, pixel_values["pixel_values"][0], resized * 2 - 1)
 
 
 @both_backends

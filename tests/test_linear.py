@@ -1,8 +1,11 @@
 """Linear layers in bfloat16, whichever kind of product computes them."""
 
+import io
+
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from personvit_hf import PersonViTConfig, PersonViTForReID, linear
 from personvit_hf.linear import PersonViTLinear, bfloat16_products_are_slow
@@ -146,8 +149,86 @@ def test_compiled_models_use_torchs_own(always_slow):
         assert torch.equal(compiled, nn.functional.linear(inputs, module.weight, module.bias))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.filterwarnings("ignore:.*jit.* is deprecated")
+def test_tracing_and_transforms_use_torchs_own(always_slow, dtype):
+    module, inputs = layer().to(dtype), torch.randn(7, 48).to(dtype)
+    weights = {name: weight.detach() for name, weight in module.named_parameters()}
+
+    def plain(inputs: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(inputs, module.weight, module.bias)
+
+    def of_one(weights: dict[str, torch.Tensor], one: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(module, weights, one).float().sum()
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32, cache_enabled=False):
+        traced = torch.jit.trace(module, inputs)
+        torch.jit.save(traced, io.BytesIO())
+        assert torch.equal(traced(inputs), plain(inputs))
+        assert torch.equal(torch.func.vmap(module)(inputs), torch.func.vmap(plain)(inputs))
+        of_each = torch.func.vmap(torch.func.grad(of_one), (None, 0))(weights, inputs)
+        moved = torch.func.jvp(module, (inputs,), (inputs,))[1]
+    assert of_each["weight"].shape == (7, 96, 48)
+    assert_near(of_each["weight"][:, 0], inputs)
+    assert moved.shape == (7, 96)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_second_derivatives(slow, dtype):
+    module, inputs = layer().to(dtype), torch.randn(7, 48, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+    def second_derivatives(forward) -> list[torch.Tensor]:
+        leaf = inputs.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            output = forward(leaf)
+        first = torch.autograd.grad(output.float().pow(3).sum(), (leaf, *module.parameters()), create_graph=True)
+        total = sum(gradient.float().square().sum() for gradient in first)
+        return list(torch.autograd.grad(total, (leaf, *module.parameters())))
+
+    ours = second_derivatives(module)
+    expected = second_derivatives(lambda x: nn.functional.linear(x, module.weight, module.bias))
+    for tensor, wanted in zip(ours, expected, strict=True):
+        assert (tensor.double() - wanted.double()).norm() <= 0.02 * wanted.double().norm()
+
+
+def test_types_that_do_not_belong_together_are_refused_as_by_torch(always_slow):
+    module, inputs = layer(), torch.randn(7, 48).bfloat16()
+    with pytest.raises(RuntimeError, match="same dtype"):
+        module(inputs)
+    module.weight = nn.Parameter(module.weight.double())
+    with pytest.raises(RuntimeError), torch.autocast("cpu", torch.bfloat16):
+        module(inputs)
+
+
+class Quantized(torch.Tensor):
+    """A weight that only a linear layer can use."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is nn.functional.linear:
+            return args[0].new_ones(*args[0].shape[:-1], len(args[1]))
+        if function in (torch.Tensor.bfloat16, torch.Tensor.float):
+            raise NotImplementedError
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_weights_may_be_subclasses_of_tensors(always_slow):
+    module = layer().bfloat16()
+    module.weight = nn.Parameter(module.weight.detach().as_subclass(Quantized), requires_grad=False)
+    assert (module(torch.randn(7, 48).bfloat16()) == 1).all()
+
+
 def test_the_kind_of_product_is_measured_alike_within_autocast():
     outside = bfloat16_products_are_slow()
     bfloat16_products_are_slow.cache_clear()
     with torch.autocast("cpu", dtype=torch.bfloat16):  # which would make both products bfloat16
         assert bfloat16_products_are_slow() is outside
+
+
+def test_measuring_is_not_seen_by_the_caller_s_modes():
+    module, inputs = layer().bfloat16(), torch.randn(7, 48).bfloat16()
+    bfloat16_products_are_slow.cache_clear()
+    with FlopCounterMode(display=False) as counter, torch.device("meta"):
+        module(inputs)
+    assert counter.get_total_flops() == 2 * 7 * 48 * 96
+    assert bfloat16_products_are_slow.cache_info().currsize == 1

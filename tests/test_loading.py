@@ -115,6 +115,29 @@ def test_the_model_that_a_checkpoint_is_for(checkpoint, model_class):
     assert torch.equal(loaded.layernorm.weight, backbone.layernorm.weight)
 
 
+class OwnReID(PersonViTForReID):
+    pass
+
+
+class OwnBackbone(PersonViTModel):
+    pass
+
+
+@pytest.mark.parametrize("neck_feature", ["before", "after"])
+def test_the_feature_of_a_subclass_is_its_own(checkpoint, neck_feature):
+    torch.manual_seed(0)
+    saved = OwnReID(PersonViTConfig(**SIZES, neck_feature=neck_feature)).eval()
+    torch.nn.init.uniform_(saved.bottleneck.running_mean)
+    saved.save_pretrained(checkpoint)
+    pixels = torch.rand(2, 3, 32, 16)
+    with torch.no_grad():
+        output = load_embedder(str(checkpoint))[0](pixels)
+        feature = output.embeddings if "embeddings" in output else output.pooler_output
+        assert torch.equal(feature, saved(pixels).embeddings)
+    OwnBackbone(PersonViTConfig(**SIZES)).save_pretrained(checkpoint)
+    assert type(load_embedder(str(checkpoint))[0]) is PersonViTModel
+
+
 @pytest.mark.parametrize(
     "settings, found",
     [

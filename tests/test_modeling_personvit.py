@@ -13,9 +13,11 @@ from golden_fixtures import (
     tiny_model,
     under,
 )
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, AutoModelForImageClassification, Trainer, TrainingArguments
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import logging as transformers_logging
 
 from personvit_hf import PersonViTConfig, PersonViTForReID, PersonViTModel, conversion
 from personvit_hf.modeling_personvit import batch_hard_triplet_loss, interpolate_position_embeddings
@@ -255,6 +257,26 @@ def test_trainer_takes_losses_as_means_and_logits_as_predictions(tmp_path):
     assert trainer.predict(rows).predictions.shape == (8, 2)
 
 
+def test_trainer_s_label_smoothing_is_told_what_it_leaves_out(tmp_path, caplog):
+    transformers_logging.warning_once.cache_clear()
+    model = PersonViTForReID(tiny_config(num_labels=2)).train()
+    batch = {"pixel_values": images(4), "labels": torch.tensor([0, 0, 1, 1])}
+    for factor, warned in ((0.0, False), (0.1, True)):
+        settings = {"label_smoothing_factor": factor, "use_cpu": True, "report_to": "none"}
+        Trainer(model, TrainingArguments(tmp_path, **settings)).compute_loss(model, dict(batch))
+        assert ("set `label_smoothing` of the model's config" in caplog.text) == warned
+
+
+def test_one_image_is_too_few_for_the_neck_in_training():
+    model = tiny_model(PersonViTForReID)
+    assert model(images(1)).embeddings.shape == (1, 32)
+    model.train()
+    with pytest.raises(ValueError, match="at least 2 images.*`dataloader_drop_last=True`"):
+        model(images(1), labels=torch.tensor([0]))
+    model.bottleneck.eval()
+    assert model(images(1), labels=torch.tensor([0])).loss.isfinite()
+
+
 def test_triplet_loss_of_one_person_is_zero():
     feature = torch.randn(4, 5, requires_grad=True)
     batch_hard_triplet_loss(feature, torch.zeros(4, dtype=torch.long), 0.3).backward()
@@ -420,18 +442,81 @@ def test_masked_patches_are_not_seen(parts):
         ({"pixel_values": images()[:, :2]}, r"`pixel_values`.*\(3, 2, 64, 32\)"),
         ({"pixel_values": images(height=60)}, "60x32.*`patch_size=8`"),
         ({"bool_masked_pos": torch.zeros(3, 31)}, r"`bool_masked_pos`.*\(3, 32\).*\(3, 31\)"),
+        ({"bool_masked_pos": torch.zeros(3, 4, 8)}, r"`bool_masked_pos`.*\(3, 8, 4\).*\(3, 4, 8\)"),
+        ({"attention_mask": torch.ones(3, 33)}, "no `attention_mask`.*`bool_masked_pos`"),
         ({"camera_ids": torch.tensor([0, 3, 1])}, "`camera_ids`.*`num_cameras` is 3.*0 to 3"),
         ({"camera_ids": torch.tensor([0, -1, 1])}, "`camera_ids`.*-1 to 1"),
         ({"camera_ids": torch.tensor([0, 1])}, "`camera_ids`.*3"),
+        ({"camera_ids": torch.zeros(3)}, "`camera_ids`.*integer type.*float32"),
         ({"labels": torch.tensor([0, 1, 7])}, "`labels`.*`num_labels` is 7.*0 to 7"),
         ({"labels": torch.tensor([0, -1, 6])}, "`labels`.*-1 to 6"),
         ({"labels": torch.tensor([0, 1])}, "`labels`.*3"),
+        ({"labels": torch.zeros(3)}, "`labels`.*integer type.*float32"),
     ],
 )
 def test_bad_input_is_rejected_by_name(inputs, message):
     model = tiny_model(PersonViTForReID if "labels" in inputs else PersonViTModel, num_cameras=3, num_labels=7)
     with pytest.raises(ValueError, match=message):
         model(**{"pixel_values": images()} | inputs)
+
+
+@torch.no_grad()
+def test_no_attention_mask_may_be_given_as_none():
+    model = tiny_model()
+    assert torch.equal(model(images(), attention_mask=None).pooler_output, model(images()).pooler_output)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+@torch.no_grad()
+def test_ids_may_be_of_any_integer_type(dtype):
+    model = tiny_model(PersonViTForReID, num_cameras=100, num_views=4, num_labels=3)
+    ids = {"camera_ids": [90, 0, 70], "view_ids": [1, 3, 2], "labels": [0, 2, 0]}
+    small, whole = (
+        model(images(), **{name: torch.tensor(values, dtype=kind) for name, values in ids.items()})
+        for kind in (dtype, torch.long)
+    )
+    assert torch.equal(small.embeddings, whole.embeddings)
+    assert torch.equal(small.loss, whole.loss)
+
+
+def test_ids_without_values_are_not_looked_at():
+    ids = {"camera_ids": torch.tensor([0, 2, 1]), "labels": torch.tensor([0, 1, 0])}
+    settings = {"num_cameras": 3, "num_labels": 2}
+    with torch.device("meta"):
+        model = PersonViTForReID(tiny_config(**settings)).train()
+    output = model(images().to("meta"), **{name: values.to("meta") for name, values in ids.items()})
+    assert output.loss.is_meta and output.loss.shape == ()
+
+    model = tiny_model(PersonViTForReID, attn_implementation="eager", **settings)
+    pixels, labels = images(), torch.tensor([[0, 1, 0], [1, 0, 1]])
+
+    def loss(labels: torch.Tensor, cameras: torch.Tensor) -> torch.Tensor:
+        return model(pixels, labels=labels, camera_ids=cameras).loss
+
+    mapped = torch.func.vmap(loss)(labels, labels)
+    assert_within(1e-5, mapped, torch.stack([loss(one, one) for one in labels]))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        *[("neck_feature", "befor"), ("drop_path_rate", 1.5), ("num_cameras", -1), ("triplet_margin", float("nan"))],
+        *[("image_size", [63, 32]), ("num_part_tokens", -2)],
+    ],
+)
+def test_settings_given_while_loading_are_checked(tmp_path, setting, value):
+    tiny_model(PersonViTForReID).save_pretrained(tmp_path)
+    for load in (PersonViTForReID.from_pretrained, PersonViTModel.from_pretrained):
+        with pytest.raises(ValueError, match="63x32" if setting == "image_size" else f"`{setting}`.*{value}"):
+            load(tmp_path, **{setting: value})
+
+
+def test_a_checkpoint_s_own_head_weights_that_the_model_lacks_are_told(tmp_path):
+    tiny_model(PersonViTForReID, num_labels=3).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors") | {"classifier.bias": torch.zeros(3)}
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    for cls, unexpected in ((PersonViTForReID, {"classifier.bias"}), (PersonViTModel, set())):
+        assert cls.from_pretrained(tmp_path, output_loading_info=True)[1]["unexpected_keys"] == unexpected
 
 
 def test_missing_view_and_missing_mask_token_are_named():

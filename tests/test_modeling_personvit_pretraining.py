@@ -506,6 +506,23 @@ def test_saved_model_comes_back_bit_for_bit(tmp_path, caplog, norm_last_layer):
         assert torch.equal(reid.eval()(pictures).embeddings, expected)
 
 
+def test_trained_prototypes_that_the_model_lacks_are_told(tmp_path):
+    model = tiny_model(num_patch_prototypes=20)
+    model.save_pretrained(tmp_path)
+    _, report = PersonViTForPreTraining.from_pretrained(tmp_path, share_projection_head=True, output_loading_info=True)
+    heads = ("student_head", "teacher_head")
+    assert report["unexpected_keys"] == {
+        f"{head}.patch_prototypes.{x}" for head in heads for x in ("direction", "gain")
+    }
+
+
+@pytest.mark.parametrize("source", [PersonViTModel, PersonViTForReID, PersonViTForPreTraining])
+@pytest.mark.parametrize("cls", [PersonViTModel, PersonViTForReID, PersonViTForPreTraining])
+def test_what_other_models_hold_is_left_aside_in_silence(tmp_path, source, cls):
+    source(tiny_config(num_labels=5)).save_pretrained(tmp_path)
+    assert not cls.from_pretrained(tmp_path, output_loading_info=True)[1]["unexpected_keys"]
+
+
 @pytest.mark.parametrize("cls", [PersonViTModel, PersonViTForReID, None])
 def test_student_and_teacher_start_equal_whatever_is_loaded(tmp_path, cls):
     config = tiny_config(num_labels=5)

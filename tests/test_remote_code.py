@@ -65,6 +65,9 @@ for pair in sys.argv[2:]:
         if name == "pretraining":
             views = pixel_values.repeat(2, 1, 1, 1, 1)
             outputs["pretraining loss"] = head(views.transpose(0, 1), bool_masked_pos=torch.eye(8)[None, :2]).loss
+    # any checkpoint's backbone can be fine-tuned
+    reid = transformers.AutoModelForImageClassification.from_pretrained(path, trust_remote_code=True)
+    assert type(reid).__name__ == "PersonViTForReID", type(reid)
     # and what was loaded so can be saved and loaded again
     model.save_pretrained(folder / "again" / name)
     again = transformers.AutoModel.from_pretrained(folder / "again" / name, trust_remote_code=True)
@@ -146,7 +149,7 @@ def test_code_files_lie_beside_the_weights(folder, name):
     files = {path.name for path in (folder / name).iterdir()}
     assert {"configuration_personvit.py", "modeling_personvit.py", "image_processing_personvit.py"} <= files
     auto_map = json.loads((folder / name / "config.json").read_text())["auto_map"]
-    assert {"AutoConfig", "AutoModel", CHECKPOINTS[name][1]} <= set(auto_map)
+    assert {"AutoConfig", "AutoModel", "AutoModelForImageClassification", CHECKPOINTS[name][1]} <= set(auto_map)
     for reference in auto_map.values():
         assert f"{reference.split('.')[0]}.py" in files
 

@@ -12,6 +12,7 @@ from transformers.image_utils import (
     ChannelDimension,
     PILImageResampling,
     SizeDict,
+    torch_pil_interpolation_mapping,
 )
 
 
@@ -50,16 +51,19 @@ class PersonViTImageProcessor(_SavedWithBoth, TorchvisionBackend):
     do_convert_rgb = True
 
     def resize(self, image: torch.Tensor, size: SizeDict, resample=None, **kwargs) -> torch.Tensor:
-        """Resizes (..., 3, height, width) images; uint8 ones in main memory exactly as PIL does."""
-        if image.device.type != "cpu" or image.dtype != torch.uint8 or not (size.height and size.width):
+        """Resizes (..., channels, height, width) images; uint8 ones in main memory exactly as PIL does."""
+        resample = torch_pil_interpolation_mapping.get(resample, resample)
+        by_pil = image.device.type == "cpu" and image.dtype == torch.uint8 and isinstance(resample, int | None)
+        if not (by_pil and size.height and size.width):
             return super().resize(image, size, resample=resample, **kwargs)
         new_size = (size.height, size.width)
         if image.shape[-2:] == new_size:
             return image
         channels_first = ChannelDimension.FIRST
+        together = 3 if image.shape[-3] == 3 else 1  # else one by one: PIL takes four for RGBA, and more for nothing
         resized = [
             pil_resize(one, new_size, resample, data_format=channels_first, input_data_format=channels_first)
-            for one in image.reshape(-1, *image.shape[-3:]).numpy()
+            for one in image.reshape(-1, together, *image.shape[-2:]).numpy()
         ]
         return torch.from_numpy(np.stack(resized)).reshape(*image.shape[:-2], *new_size)
 
@@ -76,6 +80,13 @@ class PersonViTImageProcessorPil(_SavedWithBoth, PilBackend):
     do_rescale = True
     do_normalize = True
     do_convert_rgb = True
+
+    def resize(self, image: np.ndarray, *args, **kwargs) -> np.ndarray:
+        """Resizes (channels, height, width)."""
+        if image.shape[0] in (1, 3):
+            return super().resize(image, *args, **kwargs)
+        resize = super().resize  # channel by channel, as above
+        return np.concatenate([resize(channel[None], *args, **kwargs) for channel in image])
 
 
 __all__ = ["PersonViTImageProcessor", "PersonViTImageProcessorPil"]

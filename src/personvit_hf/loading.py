@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor, Pre
 from .checkpoint_sources import checked_statistics
 from .configuration_personvit import PersonViTConfig
 from .modeling_personvit import PersonViTForReID, PersonViTModel
+from .modeling_personvit_pretraining import PersonViTForPreTraining
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 # What transformers raises for a JSON file whose values are of other types than it takes for granted.
@@ -94,7 +95,7 @@ def load_embedder(
             would look like any others; or if the processor's settings are none.
     """
     config = read_config(name_or_path, revision)
-    model_class = PersonViTForReID if PersonViTForReID.__name__ in (config.architectures or ()) else PersonViTModel
+    model_class = _embedder_class(config)
     try:
         model, loading = _read_weights(model_class, name_or_path, revision=revision, dtype=dtype or "auto")
     except WRONG_VALUES as error:  # such as an unknown `hidden_act`
@@ -104,6 +105,16 @@ def load_embedder(
     if broken := nonfinite_weights(model):
         raise ValueError(f"{name_or_path}: {len(broken)} weights hold NaN or infinity, such as {min(broken)}.")
     return model.eval(), _load_processor(name_or_path, revision, config.num_channels)
+
+
+def _embedder_class(config: PersonViTConfig) -> type[PersonViTModel | PersonViTForReID]:
+    """The class that has the feature which a checkpoint is for."""
+    named = config.architectures or ()
+    if PersonViTForReID.__name__ in named:
+        return PersonViTForReID
+    without_neck = any(one.__name__ in named for one in (PersonViTModel, PersonViTForPreTraining))
+    # of a class that isn't ours, such as a subclass, it is the backbone's unless it is taken after the BNNeck
+    return PersonViTModel if without_neck or config.neck_feature == "before" else PersonViTForReID
 
 
 def _read_weights(model_class: type[Model], name_or_path: str, **options: Any) -> tuple[Model, dict[str, Any]]:

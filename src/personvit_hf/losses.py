@@ -135,7 +135,7 @@ def batch_hard_triplet_loss(
     """
     embeddings = embeddings.float() if embeddings.dtype in (torch.float16, torch.bfloat16) else embeddings
     squared_norms = embeddings.square().sum(1)
-    with torch.autocast(embeddings.device.type, enabled=False):
+    with torch.autocast("cpu" if embeddings.is_meta else embeddings.device.type, enabled=False):
         products = embeddings @ embeddings.T
     squared = squared_norms[:, None] + squared_norms[None, :] - 2 * products
     distances = squared.clamp(min=1e-12).sqrt()

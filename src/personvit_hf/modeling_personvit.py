@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
+from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -23,6 +23,11 @@ from .configuration_personvit import PersonViTConfig
 from .convolution_stem import PersonViTConvolutionStem
 from .linear import PersonViTLinear
 from .losses import batch_hard_triplet_loss
+
+logger = logging.get_logger(__name__)
+# Patterns of what other models' checkpoints hold beside a backbone.
+OF_PRETRAINING = (r"^student\.", r"^(student|teacher)_head\.", r"^(patch_)?center$")
+OF_REID = (r"^(bottleneck|classifier)\.",)
 
 
 def interpolate_position_embeddings(
@@ -112,7 +117,7 @@ class PersonViTEmbeddings(nn.Module):
         grid = self.config.patch_grid(*pixel_values.shape[2:])
         tokens = self.patch_embeddings(pixel_values)
         if bool_masked_pos is not None:
-            tokens = self.mask(tokens, bool_masked_pos)
+            tokens = self.mask(tokens, bool_masked_pos, grid)
         first = self.cls_token if self.part_tokens is None else torch.cat((self.cls_token, self.part_tokens), dim=1)
         tokens = torch.cat((first.expand(batch_size, -1, -1), tokens), dim=1)
         tokens = tokens + interpolate_position_embeddings(self.position_embeddings, self.native_grid, grid)
@@ -121,17 +126,18 @@ class PersonViTEmbeddings(nn.Module):
             tokens = tokens + self.config.side_information_scale * sides
         return self.dropout(tokens)
 
-    def mask(self, tokens: torch.Tensor, bool_masked_pos: torch.Tensor) -> torch.Tensor:
+    def mask(self, tokens: torch.Tensor, bool_masked_pos: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Replaces masked (True) patch tokens by the mask token, before positions are added, as iBOT does."""
         if self.mask_token is None:
             raise ValueError("`bool_masked_pos` needs a mask token: build the model with `use_mask_token=True`.")
-        masked = bool_masked_pos.flatten(1)
-        if masked.shape != tokens.shape[:2]:
+        expected = tuple(tokens.shape[:2]), (tokens.shape[0], *grid)
+        if tuple(bool_masked_pos.shape) not in expected:
             raise ValueError(
-                f"`bool_masked_pos` must be (batch, patches) = {tuple(tokens.shape[:2])} for these images, "
-                f"got {tuple(bool_masked_pos.shape)}."
+                f"`bool_masked_pos` must be (batch, patches) = {expected[0]} or (batch, rows, columns) = "
+                f"{expected[1]} for these images, got {tuple(bool_masked_pos.shape)}."
             )
-        return torch.where(masked.bool().unsqueeze(-1), self.mask_token.to(tokens.dtype), tokens)
+        masked = bool_masked_pos.flatten(1).bool().unsqueeze(-1)
+        return torch.where(masked, self.mask_token.to(tokens.dtype), tokens)
 
     def side_information(
         self, batch_size: int, camera_ids: torch.Tensor | None, view_ids: torch.Tensor | None
@@ -149,22 +155,29 @@ class PersonViTEmbeddings(nn.Module):
             setting = f"num_{name[:-4]}s"
             if ids is None:
                 raise ValueError(f"`{name}` must be given together with the other ids: `{setting}` is {count}.")
-            check_ids(name, ids, batch_size, count, setting)
-            index = index * count + ids
+            index = index * count + checked_ids(name, ids, batch_size, count, setting)
         return self.side_embeddings[index]
 
 
-def check_ids(name: str, ids: torch.Tensor, batch_size: int, count: int, setting: str) -> None:
-    """Raises a ValueError unless there is one id an image in [0, count), naming the argument and its setting."""
-    if tuple(ids.shape) != (batch_size,):
-        raise ValueError(f"`{name}` must be (batch,) = ({batch_size},), got {tuple(ids.shape)}.")
-    if torch.compiler.is_compiling() or ids.numel() == 0:
-        return
+def checked_ids(name: str, ids: torch.Tensor, batch_size: int, count: int, setting: str) -> torch.Tensor:
+    """The ids as int64, since uint8 would choose rows as a mask does, and small types overflow in products.
+
+    Raises a ValueError unless there is one id an image in [0, count), naming the argument and its setting.
+    """
+    if tuple(ids.shape) != (batch_size,) or ids.is_floating_point():
+        found = f"{tuple(ids.shape)} of {ids.dtype}"
+        raise ValueError(f"`{name}` must be (batch,) = ({batch_size},) of an integer type, got {found}.")
+    ids = ids.long()
+    # there are no values to look at while compiling or under vmap, nor in meta and fake tensors (a subclass)
+    unseen = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or ids.is_meta
+    if unseen or type(ids) is not torch.Tensor or ids.numel() == 0:
+        return ids
     low, high = torch.stack(torch.aminmax(ids)).tolist()  # a GPU is waited for once
     if low < 0 or high >= count:
         raise ValueError(
             f"`{name}` must lie in [0, {count - 1}] since `{setting}` is {count}, got values from {low} to {high}."
         )
+    return ids
 
 
 def eager_attention_forward(
@@ -313,15 +326,16 @@ class PersonViTPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": PersonViTLayer, "attentions": PersonViTAttention}
     _input_embed_layer = "patch_embeddings"
     # Every checkpoint's backbone loads into every class: heads and student of a pre-training run, the ReID head, and
-    # a mask token that fine-tuned models no longer have are left aside without a warning.
+    # a mask token that fine-tuned models no longer have are left aside without a warning. Classes with such parts
+    # leave their own patterns out.
     _keys_to_ignore_on_load_missing = [r"embeddings\.mask_token$"]
-    _keys_to_ignore_on_load_unexpected = [
-        r"^student\.",
-        r"^(student|teacher)_head\.",
-        r"^(patch_)?center$",
-        r"^(bottleneck|classifier)\.",
-        r"embeddings\.mask_token$",
-    ]
+    _keys_to_ignore_on_load_unexpected = [*OF_PRETRAINING, *OF_REID, r"embeddings\.mask_token$"]
+
+    def post_init(self) -> None:
+        """transformers' `post_init`, which adds the backbone's patterns: they would hide a model's own weights."""
+        super().post_init()
+        own = type(self)._keys_to_ignore_on_load_unexpected
+        self._keys_to_ignore_on_load_unexpected = type(self._keys_to_ignore_on_load_unexpected)(own)
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
@@ -340,6 +354,7 @@ class PersonViTPreTrainedModel(PreTrainedModel):
         self.config.auto_map = {
             "AutoConfig": "configuration_personvit.PersonViTConfig",
             "AutoModel": "modeling_personvit.PersonViTModel",
+            "AutoModelForImageClassification": "modeling_personvit.PersonViTForReID",
         }
         super().save_pretrained(save_directory, *args, **kwargs)
 
@@ -393,6 +408,8 @@ class PersonViTModel(PersonViTPreTrainedModel):
     _auto_class = "AutoModel"
 
     def __init__(self, config: PersonViTConfig, use_mask_token: bool = True):
+        config.validate_sizes()  # again, since `from_pretrained` replaces settings unchecked
+        config.validate_choices()
         super().__init__(config)
         self.embeddings = PersonViTEmbeddings(config, use_mask_token)
         depth = config.num_hidden_layers
@@ -434,8 +451,10 @@ class PersonViTModel(PersonViTPreTrainedModel):
             final LayerNorm.
 
         Raises:
-            ValueError: if the image can't be cut into patches, or masks or ids don't fit.
+            ValueError: if the image can't be cut into patches, masks or ids don't fit, or there is `attention_mask`.
         """
+        if kwargs.pop("attention_mask", None) is not None:
+            raise ValueError("PersonViT has no `attention_mask`: leave it out, or hide patches by `bool_masked_pos`.")
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
         hidden_states = self.embeddings(pixel_values, bool_masked_pos, camera_ids, view_ids)
         scales = self.draw_scales(pixel_values.shape[0], hidden_states.device)
@@ -501,6 +520,7 @@ class PersonViTForReID(PersonViTPreTrainedModel):
     """
 
     _auto_class = "AutoModelForImageClassification"
+    _keys_to_ignore_on_load_unexpected = [*OF_PRETRAINING, r"embeddings\.mask_token$"]
 
     def __init__(self, config: PersonViTConfig):
         super().__init__(config)
@@ -540,12 +560,20 @@ class PersonViTForReID(PersonViTPreTrainedModel):
             camera_ids, view_ids (`torch.LongTensor` of shape `(batch,)`, *optional*): See [`PersonViTModel`].
 
         Raises:
-            ValueError: if a label is out of range, or the backbone refuses its input.
+            ValueError: if a label is out of range, a training batch has one image, or the backbone refuses its input.
         """
         if self.training:  # not in evaluation, where features equal the backbone's own to the last bit
             kwargs.setdefault("only_cls", not self._is_asked_for_more(kwargs))
         outputs = self.personvit(pixel_values, camera_ids=camera_ids, view_ids=view_ids, **kwargs)
         feature = outputs.pooler_output
+        if isinstance(self.bottleneck, nn.BatchNorm1d) and self.bottleneck.training and feature.shape[0] == 1:
+            fix = "set `dataloader_drop_last=True` (Trainer) or `drop_last=True` (DataLoader) if it is the last batch"
+            raise ValueError(f"The BNNeck needs a batch of at least 2 images in training, got 1: {fix}.")
+        if self.training and labels is None and not torch.compiler.is_compiling():
+            logger.warning_once(
+                "In training without `labels` there is no loss. With `label_smoothing_factor` Trainer keeps them, and "
+                "leaves out triplets and weights of losses: set `label_smoothing` of the model's config instead."
+            )
         normalized = self.bottleneck(feature)
         logits = self.classifier(normalized)
 
@@ -553,7 +581,7 @@ class PersonViTForReID(PersonViTPreTrainedModel):
         if labels is not None and self.config.problem_type in ("multi_label_classification", "regression"):
             loss = ForSequenceClassificationLoss(labels, logits, self.config)
         elif labels is not None:
-            check_ids("labels", labels, len(logits), self.config.num_labels, "num_labels")
+            labels = checked_ids("labels", labels, len(logits), self.config.num_labels, "num_labels")
             id_loss = nn.functional.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
             triplet_loss = batch_hard_triplet_loss(feature, labels, self.config.triplet_margin)
             loss = self.config.id_loss_weight * id_loss + self.config.triplet_loss_weight * triplet_loss

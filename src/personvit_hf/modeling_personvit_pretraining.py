@@ -25,7 +25,7 @@ from .losses import (
     sum_of_chunks,
     teacher_probabilities,
 )
-from .modeling_personvit import PersonViTModel, PersonViTPreTrainedModel
+from .modeling_personvit import OF_REID, PersonViTModel, PersonViTPreTrainedModel
 
 
 class PersonViTPrototypes(nn.Module):
@@ -169,6 +169,7 @@ class PersonViTForPreTraining(PersonViTPreTrainedModel):
     main_input_name = "global_pixel_values"
 
     _auto_class = "AutoModelForPreTraining"
+    _keys_to_ignore_on_load_unexpected = [*OF_REID]
 
     def __init__(self, config: PersonViTConfig):
         super().__init__(config)
