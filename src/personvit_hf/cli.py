@@ -97,7 +97,8 @@ def convert(
 def _convert_to_official(folder: Path, file: Path) -> None:
     from transformers import AutoImageProcessor
 
-    from .official_format import load_own_model, save_official_checkpoint
+    from .loading import load_own_model
+    from .official_format import save_official_checkpoint
 
     model = load_own_model(folder)
     save_official_checkpoint(model, file)
