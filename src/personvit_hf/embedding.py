@@ -7,7 +7,6 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, PreTrainedModel
 
+from .files import written_aside
 from .person_images import BrokenImage, BrokenImageBudget, PersonImages, decode_image, rgb_pixels, split_broken
 
 SHARD_IMAGES = 4096
@@ -292,9 +292,9 @@ def write_embeddings(
         good = np.flatnonzero(~np.isnan(embeddings[:, 0]))
         table = _describe(part, rows.start)
         _write_settings(folder, settings)  # not earlier: a model or a setting that doesn't work leaves nothing behind
-        with _complete_file(vectors_file.with_suffix(".parquet")) as partial:
+        with written_aside(vectors_file.with_suffix(".parquet"), overwrite=True) as partial:
             parquet.write_table(table.take(good), partial)
-        with _complete_file(vectors_file) as partial:  # last: it says that the shard is complete
+        with written_aside(vectors_file, overwrite=True) as partial:  # last: it says that the shard is complete
             save_file({"embeddings": embeddings[good]}, partial)
         made += 1
     return made
@@ -372,8 +372,7 @@ def _first_change(then: Table, now: Table) -> str | None:
 def _write_settings(folder: Path, settings: dict[str, Any]) -> None:
     if (folder / SETTINGS_FILE).is_file():  # of another process, or of an earlier run
         return _require_settings(folder, settings)
-    folder.mkdir(parents=True, exist_ok=True)
-    with _complete_file(folder / SETTINGS_FILE) as partial:
+    with written_aside(folder / SETTINGS_FILE, overwrite=True) as partial:
         partial.write_text(json.dumps(settings, indent=2) + "\n")
 
 
@@ -404,14 +403,3 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     if not good:
         raise ValueError(f"{file}: not the settings of a folder that `personvit embed` made.")
     return settings
-
-
-@contextmanager
-def _complete_file(file: Path) -> Iterator[Path]:
-    """A path to write to that becomes `file` once all is written."""
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
