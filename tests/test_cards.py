@@ -341,7 +341,9 @@ def test_card_of_the_demo_data(tmp_path):
 
 
 def test_the_card_of_a_data_set_says_what_is_wrong_with_it():
-    rows = {"person_id": [1, 2], "camera_id": [0, 0], "image": [np.zeros((4, 2, 3), np.uint8)] * 2}
+    # distractors and junk are nobody, though another camera has some
+    rows = {"person_id": [1, 2, 0, 0, -1, -1], "camera_id": [0, 0, 0, 1, 0, 1]}
+    rows["image"] = [np.zeros((4, 2, 3), np.uint8)] * 6
     dataset = datasets.DatasetDict(
         {split: datasets.Dataset.from_dict(rows) for split in ("train", "query", "gallery")}
     )

@@ -20,6 +20,8 @@ from huggingface_hub import CardData, DatasetCard, DatasetCardData, EvalResult, 
 from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from .reid_data import num_valid_queries
+
 CARD_FILE, ENVIRONMENT_FILE, SETTINGS_FILE = "README.md", "environment.json", "arguments.yaml"
 BEST_FILE = "best.json"  # beside a model that `keep_best` chose
 MARKER = (
@@ -190,10 +192,6 @@ def dataset_card(
         (split, len(ids), len(people[split]), len(set(cameras)), ids.count(0), ids.count(-1))
         for split, (ids, cameras) in rows.items()
     ]
-    seen: dict[int, set[int]] = {}
-    for person, camera in zip(*rows["gallery"], strict=True):
-        seen.setdefault(person, set()).add(camera)
-    valid = [bool(seen.get(person, set()) - {camera}) for person, camera in zip(*rows["query"], strict=True)]
     total = sum(row[1] for row in table)
     name = pretty_name or repo_id.split("/")[-1]
     card_data = DatasetCardData(
@@ -214,7 +212,7 @@ def dataset_card(
         name=_code(name),
         repo_id=repo_id,
         splits=table,
-        valid_queries=sum(valid),
+        valid_queries=num_valid_queries(dataset),
         shared_people=len(people["train"] & people["gallery"]),
         other_columns={
             _code(column): _code(getattr(feature, "dtype", type(feature).__name__))
