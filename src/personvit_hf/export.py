@@ -22,10 +22,11 @@ from torch import nn
 from torch.nn.utils.parametrize import register_parametrization
 from transformers import BaseImageProcessor, ViTConfig, ViTImageProcessor
 
+from .checkpoint_names import official_name
 from .configuration_personvit import PRESETS, PersonViTConfig
 from .files import written_aside
 from .modeling_personvit import PersonViTForReID, PersonViTModel
-from .plain_vit import Tensors, backbone_and_neck, check_plain, plain_weights, timm_names, vit_names
+from .plain_vit import Tensors, backbone_and_neck, check_plain, plain_weights, vit_names
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +147,8 @@ def export_timm(
     }
     with written_aside(Path(folder), overwrite) as aside:
         aside.mkdir()
-        _save_weights(timm_names(plain_weights(model, (height, width))), aside / "model.safetensors", half)
+        weights = {official_name(name): tensor for name, tensor in plain_weights(model, (height, width)).items()}
+        _save_weights(weights, aside / "model.safetensors", half)  # timm has the official names
         description = {
             "architecture": f"vit_{preset}_patch16_224",
             "num_classes": 0,
