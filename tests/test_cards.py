@@ -291,11 +291,13 @@ def test_no_name_breaks_a_card(any_reid, name, value):
     "file, content, message",
     [
         ("results", "{", "not a JSON file"),
+        ("results", "[" * 200_000, "not a JSON file"),
         ("results", "[1]", "expected a JSON object"),
         ("results", '{"mAP": "high"}', "`mAP` must be a fraction"),
         ("results", '{"mAP": 92.9}', "`mAP` must be a fraction"),
         ("results", '{"mAP": NaN}', "`mAP` must be a fraction"),
         ("arguments", "a: [", "not a YAML file"),
+        ("arguments", "[" * 10_000, "not a YAML file"),
         ("arguments", "- a", "expected lines"),
         ("arguments", "!!python/object/apply:os.system ['true']", "not a YAML file"),
         ("environment", "no", "not a JSON file"),

@@ -368,7 +368,7 @@ def test_features_that_are_no_numbers_are_not_taken_for_broken_images(labelled, 
         ({"source": {"model": "m"}}, "`source` .*data, split"),
         ({"batch_size": 0}, "batch_size"),
         ({"num_workers": -1}, "num_workers"),
-        ({"max_broken_share": 2}, "max_share"),
+        ({"max_broken_share": 2}, "`max_broken_share`"),
     ],
 )
 def test_bad_settings_leave_nothing_behind(model, labelled, tmp_path, options, message):
@@ -404,6 +404,7 @@ def save_table(folder, columns):
     ("damage", "message"),
     [
         (lambda folder: (folder / "embeddings.json").write_text("{"), "embeddings.json"),
+        (lambda folder: (folder / "embeddings.json").write_text(200_000 * "["), "embeddings.json"),
         (lambda folder: (folder / "embeddings.json").write_text('{"format": 1}'), "embeddings.json"),
         (lambda folder: change_settings(folder, model=None), "embeddings.json"),
         (lambda folder: change_settings(folder, data=["d"]), "embeddings.json"),

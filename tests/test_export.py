@@ -407,7 +407,7 @@ def test_command_exports_the_reid_feature(tmp_path, pixel_values):
 
     for refused, reason in (
         (command, "--overwrite"),
-        ([*command, "--normalize", "--batch", "2"], "batch_size or norm"),
+        ([*command, "--normalize", "--batch", "2"], "takes no --batch or --normalize"),
     ):
         with pytest.raises((ValueError, OSError), match=reason):
             app(refused, standalone_mode=False)

@@ -105,7 +105,7 @@ def test_random_selection():
         ({"keep": float("nan")}, "`keep` must be a share"),
         ({"generic": None}, "features of two models"),
         ({"adapted": None, "by": "random", "near_duplicate": 0.9}, "give `adapted`"),
-        ({"near_duplicate": 1.1}, "cosine similarity in"),
+        ({"near_duplicate": 1.1}, "^Near-duplicates are told by a cosine similarity in"),
         ({"near_duplicate": 0}, "cosine similarity in"),
         ({"num_images": 4}, "features of 3 images, the data have 4"),
         ({"generic": folder([[1, 0], [1, 0], [0, 1]])}, "same architecture"),

@@ -131,7 +131,8 @@ def export(
     takes = {Runtime.onnx: {"normalize", "batch_size", "opset"}, Runtime.torch: {"normalize", "batch_size"}}
     unused = sorted(given.keys() - takes.get(to, set()))
     if unused:
-        raise ValueError(f"--to {to.value} takes no {' or '.join(unused)}.")
+        flags = " or ".join(f"--{name.removesuffix('_size')}" for name in unused)
+        raise ValueError(f"--to {to.value} takes no {flags}.")
     import torch
 
     from . import export as exporters

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from .files import written_aside
+from .files import read_json, written_aside
 from .person_images import BrokenImage, BrokenImageBudget, PersonImages, decode_image, rgb_pixels, split_broken
 
 SHARD_IMAGES = 4096
@@ -393,7 +393,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"{folder}: no {SETTINGS_FILE} in it; expected a folder that `personvit embed` made.")
     try:
-        settings = json.loads(file.read_text())
+        settings = read_json(file)
         sizes = [settings[name] for name in ("num_images", "shard_images", "hidden_size")]
         good = settings["format"] == _FORMAT and all(type(size) is int and size > 0 for size in sizes)
         good = good and all(isinstance(settings[name], str) for name in ("weights", "model", "data"))

@@ -19,6 +19,7 @@ import datasets
 import numpy as np
 
 from .embedding import ID_COLUMNS, EmbeddingFolder
+from .files import read_json
 from .person_images import decode_image, load_person_images
 from .reid_data import SPLITS, load_reid_dataset
 from .visualization import draw_rankings, save_figure
@@ -130,8 +131,8 @@ class FaissIndex:
         stamp = {"gallery": _gallery_fingerprint(folder), "factory": factory}
         if file.is_file():
             try:
-                found = json.loads(stamp_file.read_text())
-            except (OSError, ValueError):  # missing or damaged
+                found = read_json(stamp_file)
+            except (OSError, ValueError):  # damaged
                 found = None
             if found != stamp:
                 raise ValueError(
