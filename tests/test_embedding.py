@@ -452,7 +452,7 @@ def test_arrays_of_other_kinds(model, arrays):
             embed_images(model, PROCESSOR, [array])
 
 
-def test_an_open_picture_that_is_cut_off_is_a_broken_image(model, tmp_path):
+def test_an_open_picture_that_is_cut_off_is_a_broken_image(model):
     content = io.BytesIO()
     Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 20, 3), dtype=np.uint8)).save(content, "PNG")
     picture = Image.open(io.BytesIO(content.getvalue()[:-500]))

@@ -24,11 +24,7 @@ from personvit_hf.person_images import (
 )
 
 DEMO = Path(__file__).parents[1] / "examples" / "data"
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def picture(mode="RGB", size=(3, 5), format="PNG", **options):
@@ -253,7 +249,7 @@ def test_damaged_bytes_are_an_image_or_a_value_error(position, damage, format):
 
 
 @pytest.fixture
-def mixed(tmp_path):
+def mixed():
     """Ten images of which two are broken."""
     contents = [picture(format="JPEG") for _ in range(10)]
     contents[3] = b"broken"

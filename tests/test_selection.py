@@ -3,7 +3,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,11 +18,7 @@ from personvit_hf.selection import forgetting_scores, near_duplicates, select_im
 from personvit_hf.shards import load_person_stream
 
 PERSONVIT = Path(sys.executable).with_name("personvit")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def unit(vectors):

@@ -29,8 +29,7 @@ RULES = CropRules(min_height=40, min_track_boxes=3, every=4, min_sharpness=10)
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+def short_chunks(own_cache, monkeypatch):
     monkeypatch.setattr(video_module, "CHUNK_FRAMES", 15)
 
 
