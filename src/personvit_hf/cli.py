@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .cli_show import show_app
+from .cli_show import numbers, show_app
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -21,16 +21,6 @@ class Runtime(str, Enum):
     timm = "timm"
     onnx = "onnx"
     torch = "torch"
-
-
-def _numbers(text: str | None, kind: type = float, separator: str = ",") -> list | None:
-    """The numbers of an option such as 0.5,0.5,0.5 or 256x128."""
-    if text is None:
-        return None
-    try:
-        return [kind(part) for part in text.split(separator)]
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is not {kind.__name__} numbers with {separator!r} between.") from None
 
 
 data_app = typer.Typer(no_args_is_help=True, help="Get data sets ready.")
@@ -66,14 +56,14 @@ def convert(
 
     overrides = {
         "num_attention_heads": num_attention_heads,
-        "image_size": _numbers(image_size, int, "x"),
+        "image_size": numbers(image_size, int, "x"),
         "patch_stride": patch_stride,
         "num_cameras": num_cameras,
         "num_views": num_views,
         "side_information_scale": side_information_scale,
         "layer_norm_eps": layer_norm_eps,
-        "image_mean": _numbers(image_mean),
-        "image_std": _numbers(image_std),
+        "image_mean": numbers(image_mean),
+        "image_std": numbers(image_std),
     }
     overrides = {name: value for name, value in overrides.items() if value is not None}
     if to == "official":
@@ -469,10 +459,10 @@ def from_video(
 
 def _embedded(name: str, images: Any, data: str, folder: Path, **options: Any) -> Any:
     """The features in a folder of `personvit embed`; or those of a checkpoint, made in `folder`."""
-    from .embedding import SETTINGS_FILE, read_embeddings, write_embeddings
+    from .embedding import is_embedded, read_embeddings, write_embeddings
     from .loading import load_embedder
 
-    if (Path(name) / SETTINGS_FILE).is_file():
+    if is_embedded(name):
         folder = read_embeddings(name)
         folder.require_images(images)
         return folder

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 _FORMAT = 1
 SETTINGS_FILE = "embeddings.json"
 # Columns of a labelled data set that travel with the vectors.
-ID_COLUMNS = ("person_id", "camera_id", "track_id")
+KEPT_ID_COLUMNS = ("person_id", "camera_id", "track_id")
 
 
 class _ProcessedImages(torch.utils.data.Dataset):
@@ -270,7 +270,7 @@ def write_embeddings(
     }
     shards = list(_shards(folder, len(images), shard_images))
     there = [(file, rows) for file, rows in shards if file.is_file()]
-    if (folder / SETTINGS_FILE).is_file():
+    if is_embedded(folder):
         _require_settings(folder, settings)
     elif there:
         raise ValueError(f"{folder} holds shards, but no {SETTINGS_FILE}. Choose another folder, or remove this one.")
@@ -300,6 +300,11 @@ def write_embeddings(
     return made
 
 
+def is_embedded(source: str | os.PathLike) -> bool:
+    """Whether this is a folder that `write_embeddings` wrote, and no images."""
+    return (Path(source) / SETTINGS_FILE).is_file()
+
+
 def read_embeddings(folder: str | os.PathLike) -> EmbeddingFolder:
     """Reads what `write_embeddings` wrote.
 
@@ -323,7 +328,7 @@ def read_embeddings(folder: str | os.PathLike) -> EmbeddingFolder:
     embeddings, table = np.concatenate(vectors), concat_tables(tables)
     if not np.isfinite(embeddings).all():
         raise ValueError(f"{folder}: its embeddings hold NaN or infinity. Remove its shards and embed again.")
-    columns = {name: table[name].to_numpy() for name in ID_COLUMNS if name in table.column_names}
+    columns = {name: table[name].to_numpy() for name in KEPT_ID_COLUMNS if name in table.column_names}
     return EmbeddingFolder(folder, settings, embeddings, table["row"].to_numpy(), table["name"].to_pylist(), columns)
 
 
@@ -335,7 +340,7 @@ def _shards(folder: Path, num_images: int, shard_images: int) -> Iterator[tuple[
 
 def _describe(rows: datasets.Dataset, first: int) -> Table:
     """Row number, name and ids of some images, whose bytes are not read."""
-    columns = [column for column in ID_COLUMNS if column in rows.column_names]
+    columns = [column for column in KEPT_ID_COLUMNS if column in rows.column_names]
     plain = rows.select_columns(["image", *columns]).cast_column("image", datasets.Image(decode=False)).flatten()
     plain = plain.select_columns(["image.path", *columns]).with_format(None)
     names = [path or f"row {first + i}" for i, path in enumerate(plain["image.path"][:])]
@@ -370,7 +375,7 @@ def _first_change(then: Table, now: Table) -> str | None:
 
 
 def _write_settings(folder: Path, settings: dict[str, Any]) -> None:
-    if (folder / SETTINGS_FILE).is_file():  # of another process, or of an earlier run
+    if is_embedded(folder):  # settings of another process, or of an earlier run
         return _require_settings(folder, settings)
     with written_aside(folder / SETTINGS_FILE, overwrite=True) as partial:
         partial.write_text(json.dumps(settings, indent=2) + "\n")

@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -24,6 +23,7 @@ from transformers import BaseImageProcessor, ViTConfig, ViTImageProcessor
 
 from .checkpoint_names import official_name
 from .configuration_personvit import PRESETS, PersonViTConfig
+from .extras import require
 from .files import written_aside
 from .modeling_personvit import PersonViTForReID, PersonViTModel
 from .plain_vit import Tensors, backbone_and_neck, check_plain, plain_weights, vit_names
@@ -196,9 +196,8 @@ def export_onnx(
             opset.
         FileExistsError: if `file` exists.
     """
-    missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
-    if missing:
-        raise ImportError(f"Export to ONNX needs {' and '.join(missing)}: pip install 'personvit-hf[export]'.")
+    for module in ("onnx", "onnxscript"):
+        require(module, "export")
     file = _with_suffix(file, ".onnx")
     if opset < ONNX_OPSET:
         raise ValueError(f"`opset` must be {ONNX_OPSET} or later, got {opset}: PyTorch writes no older ones.")
