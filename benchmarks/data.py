@@ -17,7 +17,7 @@ import io
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,11 +28,11 @@ import torch
 from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
-from transformers import HfArgumentParser
 
 from personvit_hf import PersonViTConfig, PersonViTImageProcessor
 from personvit_hf.augmentation import MultiCrop
 from personvit_hf.masking import PretrainingCrops
+from personvit_hf.scripting import option, parse_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "examples"))
@@ -42,14 +42,12 @@ from pretrain import PretrainArguments, build_dataloader  # noqa: E402
 
 @dataclass
 class DataBenchmarkArguments:
-    data: str = field(
-        default=str(ROOT / "examples" / "data"), metadata={"help": "Images, as for `--data` of examples/pretrain.py."}
-    )
-    batch_size: int = field(default=32, metadata={"help": "Images in a batch."})
-    rounds: int = field(default=7, metadata={"help": "Batches of each pipeline; figures are medians over them."})
-    steps_per_second: float = field(default=2.0, metadata={"help": "Optimizer steps of the GPU per second ..."})
-    gpu_batch_size: int = field(default=256, metadata={"help": "... with this many images in each."})
-    seed: int = field(default=0, metadata={"help": "Seed of both pipelines."})
+    data: str = option(str(ROOT / "examples" / "data"), "Images, as for `--data` of examples/pretrain.py.")
+    batch_size: int = option(32, "Images in a batch.", least=1)
+    rounds: int = option(7, "Batches of each pipeline; figures are medians over them.", least=1)
+    steps_per_second: float = option(2.0, "Optimizer steps of the GPU per second ...", above=0)
+    gpu_batch_size: int = option(256, "... with this many images in each.", least=1)
+    seed: int = option(0, "Seed of both pipelines.")
 
 
 class RandomBlur:
@@ -147,10 +145,7 @@ def measure(loaders: dict[str, DataLoader], rounds: int) -> dict[str, list[tuple
 
 
 def main() -> None:
-    args = HfArgumentParser(DataBenchmarkArguments).parse_args_into_dataclasses()[0]
-    for name in ("batch_size", "rounds", "steps_per_second", "gpu_batch_size"):
-        if getattr(args, name) <= 0:
-            raise ValueError(f"`{name}` must be positive; got {getattr(args, name)}.")
+    args = parse_arguments(DataBenchmarkArguments)
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     torch.manual_seed(args.seed)

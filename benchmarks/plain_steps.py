@@ -18,6 +18,8 @@ from torch.nn import functional as F
 from personvit_hf import PersonViTConfig
 from personvit_hf.modeling_personvit import interpolate_position_embeddings
 
+TEACHER_TEMPERATURE = 0.04  # of both softmaxes, as ours by default
+
 
 class Attention(nn.Module):
     def __init__(self, width: int, heads: int):
@@ -147,9 +149,7 @@ class PlainPreTraining(nn.Module):
         global_crops: list[torch.Tensor],
         local_crops: list[torch.Tensor],
         masks: list[torch.Tensor],
-        teacher_temperature: float = 0.04,
-        teacher_patch_temperature: float = 0.04,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(DINO loss, MIM loss); moves the centers."""
         with torch.no_grad():
             teacher_cls, teacher_patch = self.teacher["head"](self.teacher["backbone"](torch.cat(global_crops)))
@@ -161,10 +161,8 @@ class PlainPreTraining(nn.Module):
         temperature = self.config.student_temperature
         student_cls = (torch.cat((student_cls, local_cls)).float() / temperature).chunk(num_crops)
         student_patch = (student_patch.float() / temperature).chunk(2)
-        target_cls = F.softmax((teacher_cls.float() - self.center) / teacher_temperature, dim=-1).chunk(2)
-        target_patch = F.softmax(
-            (teacher_patch.float() - self.patch_center) / teacher_patch_temperature, dim=-1
-        ).chunk(2)
+        target_cls = F.softmax((teacher_cls.float() - self.center) / TEACHER_TEMPERATURE, dim=-1).chunk(2)
+        target_patch = F.softmax((teacher_patch.float() - self.patch_center) / TEACHER_TEMPERATURE, dim=-1).chunk(2)
 
         dino, mim, pairs = 0.0, 0.0, 0
         for teacher_view in range(2):

@@ -15,25 +15,25 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 import datasets
-from transformers import HfArgumentParser
 
 from personvit_hf import load_person_images
 from personvit_hf.file_trees import read_address
 from personvit_hf.preparing import prepare_dataset
+from personvit_hf.scripting import option, parse_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass
 class PreparingBenchmarkArguments:
-    data: str = field(default=str(ROOT / "examples" / "data"), metadata={"help": "Images to copy."})
-    images: int = field(default=6000, metadata={"help": "How many copies."})
-    rounds: int = field(default=3, metadata={"help": "Rounds, in which all take turns; figures are medians."})
+    data: str = option(str(ROOT / "examples" / "data"), "Images to copy.")
+    images: int = option(6000, "How many copies.", least=1)
+    rounds: int = option(3, "Rounds, in which all take turns; figures are medians.", least=1)
 
 
 def write_sources(data: str, num_images: int, root: Path) -> int:
@@ -61,9 +61,7 @@ def by_datasets(folder: Path, out: Path) -> None:
 
 
 def main() -> None:
-    args = HfArgumentParser(PreparingBenchmarkArguments).parse_args_into_dataclasses()[0]
-    if args.images < 1 or args.rounds < 1:
-        raise ValueError("`images` and `rounds` must be positive.")
+    args = parse_arguments(PreparingBenchmarkArguments)
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)

@@ -140,7 +140,7 @@ def main() -> None:
                 for kind, folder in trained(args, model, seed, labelled):
                     figures = scored(folder, labelled, args.split, robust=part == "robustness")
                     if args.check_data and part == "objective":
-                        figures |= checked(args, folder, kind, seed)
+                        figures |= checked(args, folder, kind)
                     rows.append({"part": part, "variant": model.label, "kind": kind, "seed": seed, **figures})
                     if part == "recipe":
                         break  # zero-shot, the first, is all
@@ -334,7 +334,7 @@ def scored(folder: Path, labelled: Path, split: str, robust: bool) -> dict[str, 
     return json.loads(path.read_text())
 
 
-def checked(args: StudyArguments, folder: Path, kind: str, seed: int) -> dict[str, float]:
+def checked(args: StudyArguments, folder: Path, kind: str) -> dict[str, float]:
     """mAP on `check_data` of a pre-trained model, or of one fine-tuned on it in the place of this fine-tuned one."""
     people = {person for person in load_reid_dataset(args.check_data)["train"]["person_id"] if person > 0}
     if kind == "fine-tuned":

@@ -9,7 +9,9 @@ scores IDF1 and identity switches. Of a real video nobody's identity is known: w
 subtraction, and the tracks are only counted. Needs pip install deep-sort-realtime motmetrics.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -22,20 +24,27 @@ from personvit_hf.reid_data import load_reid_dataset
 from personvit_hf.scripting import option, parse_arguments
 from personvit_hf.tracking import TrackerEmbedder
 
+EXAMPLES = Path(__file__).resolve().parent
 HEIGHT, WIDTH = 360, 640
+# Crops (BGR) to features
+Predict = Callable[[list[np.ndarray]], list[np.ndarray]]
+# A frame (BGR), the people's ids and true boxes, detected boxes; boxes are (number, 4), xyxy
+Seen = tuple[np.ndarray, np.ndarray | None, np.ndarray | None, np.ndarray]
 
 
 @dataclass
 class TrackArguments:
-    model: str = option("", "Fine-tuned checkpoint.")
-    data: str = option("examples/data", "Labelled data set: thresholds from its train, people from its gallery.")
+    model: str = field(metadata={"help": "Fine-tuned checkpoint."})
+    data: str = option(
+        str(EXAMPLES / "data"), "Labelled data set: thresholds from its train, people from its gallery."
+    )
     video: str = option("", "Video of your own, in place of the made one.")
     num_frames: int = option(300, "Frames.")
     num_people: int = option(10, "People in the made video.")
     seeds: int = option(10, "Made videos.")
 
 
-def histogram(crops):
+def histogram(crops: list[np.ndarray]) -> list[np.ndarray]:
     """Colour histograms of six stripes, the plain thing to compare with."""
     features = []
     for crop in crops:
@@ -46,7 +55,7 @@ def histogram(crops):
     return features
 
 
-def made_video(pictures, people, args, seed):
+def made_video(pictures: list[np.ndarray], people: np.ndarray, args: TrackArguments, seed: int) -> Iterator[Seen]:
     """Frames, and for each the people's ids, true boxes and detected boxes (xyxy); nobody is drawn by hand."""
     rng = np.random.default_rng(seed)
     names = rng.choice(sorted(set(people[people > 0])), args.num_people, replace=False)
@@ -83,7 +92,7 @@ def made_video(pictures, people, args, seed):
             look[i] = rng.choice(looks[names[i]])  # another of their pictures, maybe of another camera
 
 
-def real_video(path, num_frames):
+def real_video(path: str, num_frames: int) -> Iterator[Seen]:
     """Frames and what moves in them; ids and true boxes are not known."""
     capture, subtractor = cv2.VideoCapture(path), cv2.createBackgroundSubtractorMOG2(detectShadows=True)
     for _ in range(num_frames):
@@ -98,7 +107,7 @@ def real_video(path, num_frames):
         yield frame, None, None, blobs[:, :4]
 
 
-def threshold(predict, pictures, people):
+def threshold(predict: Predict, pictures: list[np.ndarray], people: np.ndarray) -> float:
     """The cosine distance that one in twenty pairs of different people lies below."""
     features = np.stack(predict([picture[:, :, ::-1] for picture in pictures]))
     distances, same = 1 - features @ features.T, people[:, None] == people
@@ -106,7 +115,9 @@ def threshold(predict, pictures, people):
     return float(np.quantile(distances[pairs & ~same], 0.05))
 
 
-def track(video, predict, max_distance):
+def track(
+    video: Iterator[Seen], predict: Predict | None, max_distance: float
+) -> Iterator[tuple[np.ndarray | None, np.ndarray | None, list[int], np.ndarray]]:
     """Yields the true ids and boxes, and the tracks' ids and boxes, of each frame."""
     tracker = DeepSort(max_age=60, embedder=None, max_cosine_distance=max_distance, nn_budget=50)
     for frame, ids, truth, found in video:
@@ -122,7 +133,7 @@ def track(video, predict, max_distance):
         yield ids, truth, [int(one.track_id) for one in shown], np.array([one.to_ltrb() for one in shown])
 
 
-def overlap_distances(truth, boxes):
+def overlap_distances(truth: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     """1 - IoU, and NaN for boxes that can't be the same; motmetrics' own function needs a NumPy below 2."""
     truth, boxes = (torch.tensor(np.reshape(part, (-1, 4))) for part in (truth, boxes))
     distances = 1 - box_iou(truth, boxes).numpy()
@@ -169,7 +180,7 @@ def main() -> None:
     print(row("model - histogram", gain.mean(axis=0), gain.std(axis=0, ddof=1) / args.seeds**0.5), "  standard error")
 
 
-def row(name, means, spreads):
+def row(name: str, means: np.ndarray, spreads: np.ndarray) -> str:
     """A line of the table."""
     cells = [f"{mean:.1f} ± {spread:.1f}" for mean, spread in zip(means, spreads, strict=True)]
     return f"{name:<20} {cells[0]:>12} {cells[1]:>12} {cells[2]:>12}"

@@ -4,6 +4,7 @@ import atexit
 import os
 import tempfile
 
+import pytest
 from hypothesis import settings
 
 # Tests neither reach the Hub nor read or fill the caches and the accelerate configuration of whoever runs them.
@@ -17,3 +18,9 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 # The same examples in every run, and no failure because a machine is busy.
 settings.register_profile("reproducible", derandomize=True, deadline=None)
 settings.load_profile("reproducible")
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """A cache of `datasets` for this test alone."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))

@@ -66,7 +66,7 @@ def test_any_text_is_a_picture_or_a_request_error(text):
         assert str(error)
 
 
-def test_pictures_that_are_too_large(monkeypatch):
+def test_pictures_that_are_too_large():
     with pytest.raises(RequestError, match="8 MB"):
         read_picture(as_url(bytes(app_page.MAX_UPLOAD_BYTES + 10)))
     bomb = io.BytesIO()

@@ -23,4 +23,4 @@ def test_the_command_prints_rates():
 @pytest.mark.slow
 def test_numbers_must_be_positive():
     process = run("--images", "0")
-    assert process.returncode == 1 and "must be positive" in process.stderr
+    assert process.returncode == 1 and "`images` must be a finite number, at least 1; got 0" in process.stderr

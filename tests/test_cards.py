@@ -291,11 +291,13 @@ def test_no_name_breaks_a_card(any_reid, name, value):
     "file, content, message",
     [
         ("results", "{", "not a JSON file"),
+        ("results", "[" * 200_000, "not a JSON file"),
         ("results", "[1]", "expected a JSON object"),
         ("results", '{"mAP": "high"}', "`mAP` must be a fraction"),
         ("results", '{"mAP": 92.9}', "`mAP` must be a fraction"),
         ("results", '{"mAP": NaN}', "`mAP` must be a fraction"),
         ("arguments", "a: [", "not a YAML file"),
+        ("arguments", "[" * 10_000, "not a YAML file"),
         ("arguments", "- a", "expected lines"),
         ("arguments", "!!python/object/apply:os.system ['true']", "not a YAML file"),
         ("environment", "no", "not a JSON file"),
@@ -341,7 +343,9 @@ def test_card_of_the_demo_data(tmp_path):
 
 
 def test_the_card_of_a_data_set_says_what_is_wrong_with_it():
-    rows = {"person_id": [1, 2], "camera_id": [0, 0], "image": [np.zeros((4, 2, 3), np.uint8)] * 2}
+    # distractors and junk are nobody, though another camera has some
+    rows = {"person_id": [1, 2, 0, 0, -1, -1], "camera_id": [0, 0, 0, 1, 0, 1]}
+    rows["image"] = [np.zeros((4, 2, 3), np.uint8)] * 6
     dataset = datasets.DatasetDict(
         {split: datasets.Dataset.from_dict(rows) for split in ("train", "query", "gallery")}
     )

@@ -220,8 +220,8 @@ def test_query_key_and_value_are_there_in_full(tmp_path, part, harm):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("{", "not a readable JSON"),
-        ("[" * 100_000, "not a readable JSON"),
+        ("{", "not a JSON file"),
+        ("[" * 100_000, "not a JSON file"),
         ("[]", "JSON object, found list"),
         ('{"model_type": "swin"}', "`model_type` should be one of vit, deit.*swin"),
         ('{"model_type": "personvit"}', "AutoModel.from_pretrained loads it"),

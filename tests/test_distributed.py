@@ -151,7 +151,7 @@ def _stopped_alone(tmp_path: Path, **settings) -> None:
 
 @pytest.mark.slow
 @every_backend
-def test_two_parts_of_a_batch_on_two_processes_give_the_weights_of_one(people, alone, tmp_path, backend, tolerance):
+def test_two_parts_of_a_batch_on_two_processes_give_the_weights_of_one(people, tmp_path, backend, tolerance):
     out = tmp_path / "out"
     # 12 batches of 4, of which the last 4 images of an epoch's 50 are not part; so compared with batches of 8
     parts = {"data": people / "unlabelled", "batch_size": 2, "gradient_accumulation_steps": 2}

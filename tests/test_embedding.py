@@ -368,7 +368,7 @@ def test_features_that_are_no_numbers_are_not_taken_for_broken_images(labelled, 
         ({"source": {"model": "m"}}, "`source` .*data, split"),
         ({"batch_size": 0}, "batch_size"),
         ({"num_workers": -1}, "num_workers"),
-        ({"max_broken_share": 2}, "max_share"),
+        ({"max_broken_share": 2}, "`max_broken_share`"),
     ],
 )
 def test_bad_settings_leave_nothing_behind(model, labelled, tmp_path, options, message):
@@ -404,6 +404,7 @@ def save_table(folder, columns):
     ("damage", "message"),
     [
         (lambda folder: (folder / "embeddings.json").write_text("{"), "embeddings.json"),
+        (lambda folder: (folder / "embeddings.json").write_text(200_000 * "["), "embeddings.json"),
         (lambda folder: (folder / "embeddings.json").write_text('{"format": 1}'), "embeddings.json"),
         (lambda folder: change_settings(folder, model=None), "embeddings.json"),
         (lambda folder: change_settings(folder, data=["d"]), "embeddings.json"),
@@ -451,7 +452,7 @@ def test_arrays_of_other_kinds(model, arrays):
             embed_images(model, PROCESSOR, [array])
 
 
-def test_an_open_picture_that_is_cut_off_is_a_broken_image(model, tmp_path):
+def test_an_open_picture_that_is_cut_off_is_a_broken_image(model):
     content = io.BytesIO()
     Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 20, 3), dtype=np.uint8)).save(content, "PNG")
     picture = Image.open(io.BytesIO(content.getvalue()[:-500]))

@@ -353,7 +353,7 @@ def test_a_gradient_that_is_no_number_stops_before_it_is_saved(people, tmp_path,
     assert not list_checkpoints(tmp_path / "checkpoints")
 
 
-def test_weight_decay_may_start_at_zero(people, pretrained, tmp_path):
+def test_weight_decay_may_start_at_zero(people, tmp_path):
     settings = PRETRAIN | {"weight_decay": 0.0, "learning_rate": 1.0}
     for name, final in (("none", 0.0), ("some", 0.4)):
         run(

@@ -6,6 +6,8 @@ from personvit_hf.files import (
     MANIFEST,
     check_manifest,
     flush_to_disk,
+    read_json,
+    read_yaml,
     rename_durably,
     require_writable,
     write_manifest,
@@ -83,6 +85,32 @@ def test_an_old_folder_comes_back_when_the_new_one_cannot_take_its_place(tmp_pat
     assert (tmp_path / "out" / "a").read_text() == "old"
 
 
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[" * 200_000, b"[]", b"", b"\0"], ids=lambda text: text[:20])
+def test_a_json_file_of_any_origin(tmp_path, content):
+    path = tmp_path / "x.json"
+    assert read_json(path) == {}
+    path.write_text('{"a": "ä"}', encoding="utf-8")
+    assert read_json(path) == {"a": "ä"}
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.json: (not a JSON file|expected a JSON object, found list)"):
+        read_json(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"a: [", b"\xff", b"[" * 10_000, b"- a", b"", b"a: 2001-99-99", b"a: !!bool x", b"!!python/object/apply:a []"],
+    ids=lambda text: text[:20],
+)
+def test_a_yaml_file_of_any_origin(tmp_path, content):
+    path = tmp_path / "x.yaml"
+    assert read_yaml(path) == {}
+    path.write_text("a: ä", encoding="utf-8")
+    assert read_yaml(path) == {"a": "ä"}
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.yaml: (not a YAML file|expected lines `setting: value`, found)"):
+        read_yaml(path)
+
+
 @pytest.fixture
 def listed(tmp_path):
     for name in ("a", "b"):
@@ -107,7 +135,8 @@ def test_a_folder_is_as_its_manifest_says(listed):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{", '{"files": 3}', '{"files": {"a": 1}}', '{"files": {}}', "\0", '{"x": "' + 2**21 * "y" + '"}'],
+    ["", "[]", "{", '{"files": 3}', '{"files": {"a": 1}}', '{"files": {}}', "\0"]
+    + [200_000 * "[", '{"x": "' + 2**21 * "y" + '"}'],
 )
 def test_a_manifest_that_is_none(listed, text):
     (listed / MANIFEST).write_text(text)

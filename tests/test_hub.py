@@ -525,7 +525,7 @@ def run_script(script: str, **settings) -> None:
         GradientState._reset_state()
 
 
-def test_the_training_scripts_push(server, tmp_path, capsys, caplog):
+def test_the_training_scripts_push(server, tmp_path, capsys):
     hub_settings = {"push_to_hub": True, "hub_private_repo": True}
     data, runs = EXAMPLES / "data", {name: tmp_path / name for name in ("pretrained", "finetuned")}
     run_script("pretrain.py", data=data, output_dir=runs["pretrained"], **PRETRAIN, **hub_settings)

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from golden_fixtures import assert_same_weights
 from safetensors.torch import load_file, save_file
 from transformers import ViTConfig, ViTModel
 
@@ -13,7 +14,7 @@ from personvit_hf import (
     PersonViTImageProcessor,
     PersonViTModel,
 )
-from personvit_hf.loading import load_embedder, load_pretrained
+from personvit_hf.loading import load_embedder, load_own_model, load_pretrained
 
 SIZES = {
     **{"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 64},
@@ -169,8 +170,9 @@ def test_damaged_weights(checkpoint, damage):
     else:
         file.write_bytes(file.read_bytes()[: 1000 if damage == "cut" else 0])
     found = {"other": "lacks weights", "nan": "1 weights hold NaN"}.get(damage, "its weights can't be read")
-    with pytest.raises(ValueError, match=f"^{checkpoint}: .*{found}"):
-        load_embedder(str(checkpoint))
+    for load in (load_embedder, load_own_model):
+        with pytest.raises(ValueError, match=f"^{checkpoint}: .*{found}"):
+            load(str(checkpoint))
     if damage in ("cut", "empty"):
         with pytest.raises(ValueError, match=f"^{checkpoint}: .*{found}"):
             load_pretrained(PersonViTForReID, str(checkpoint))
@@ -184,3 +186,30 @@ def test_processors_that_are_none(checkpoint, settings):
     (checkpoint / "preprocessor_config.json").unlink()
     with pytest.raises(FileNotFoundError, match=f"^{checkpoint}: no image processor"):
         load_embedder(str(checkpoint))
+
+
+@pytest.mark.parametrize("model_class", [PersonViTForReID, PersonViTForPreTraining, PersonViTModel])
+@pytest.mark.parametrize("settings", [{}, {"share_projection_head": True}, {"share_teacher_projection_head": True}])
+def test_own_folders_are_read_by_their_class(tmp_path, model_class, settings):
+    model = model_class(PersonViTConfig(**SIZES | {"num_cls_prototypes": 8}, **settings))
+    model.save_pretrained(tmp_path)
+    loaded = load_own_model(tmp_path)
+    assert type(loaded) is model_class
+    assert_same_weights(loaded, model)
+
+
+@pytest.mark.parametrize(
+    ("config", "found"),
+    [
+        ('{"model_type": "vit", "architectures": ["ViTModel"]}', "another architecture"),
+        ('{"model_type": "personvit", "architectures": ["ViTModel"]}', "a ViTModel, not one of PersonViTModel"),
+        ("{", "not a valid JSON file"),
+        ('{"architectures": 3}', "neither folder nor Hub name"),
+        (None, "no folder with a config.json"),
+    ],
+)
+def test_folders_of_other_models(tmp_path, config, found):
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises((FileNotFoundError, ValueError), match=f"(?s)^{tmp_path}: .*{found}"):
+        load_own_model(tmp_path)

@@ -24,11 +24,7 @@ from personvit_hf.person_images import (
 )
 
 DEMO = Path(__file__).parents[1] / "examples" / "data"
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def picture(mode="RGB", size=(3, 5), format="PNG", **options):
@@ -272,7 +268,7 @@ def test_damaged_bytes_are_an_image_or_a_value_error(position, damage, format):
 
 
 @pytest.fixture
-def mixed(tmp_path):
+def mixed():
     """Ten images of which two are broken."""
     contents = [picture(format="JPEG") for _ in range(10)]
     contents[3] = b"broken"
@@ -316,7 +312,7 @@ def broken(*indices):
 
 
 def test_budget_stops_over_the_share():
-    budget = BrokenImageBudget(max_share=0.02, min_seen=100)
+    budget = BrokenImageBudget(max_broken_share=0.02, min_seen=100)
     budget.count(broken(0, 1), 50)  # 4%, too early to tell
     budget.count([], 50)  # 2% of 100 is within
     with pytest.raises(RuntimeError, match=r"3 of 101 images.*0\.02(.|\n)*row 1: cut off\nrow 2: cut off"):
@@ -324,7 +320,7 @@ def test_budget_stops_over_the_share():
 
 
 def test_budget_at_the_end_of_an_epoch():
-    budget = BrokenImageBudget(max_share=0.1, min_seen=1000)
+    budget = BrokenImageBudget(max_broken_share=0.1, min_seen=1000)
     budget.count(broken(0), 10)
     assert budget.end_epoch() == 1
     budget.count(broken(0), 9)
@@ -334,7 +330,7 @@ def test_budget_at_the_end_of_an_epoch():
 
 def test_budget_reports_each_image_once(caplog):
     caplog.set_level(logging.WARNING)
-    budget = BrokenImageBudget(max_share=1.0)
+    budget = BrokenImageBudget(max_broken_share=1.0)
     for _ in range(3):
         budget.count(broken(5), 10)
     assert caplog.text.count("row 5: cut off") == 1
@@ -344,8 +340,8 @@ def test_budget_reports_each_image_once(caplog):
 
 @pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
 def test_budget_share_out_of_range(share):
-    with pytest.raises(ValueError, match="max_share"):
-        BrokenImageBudget(max_share=share)
+    with pytest.raises(ValueError, match="max_broken_share"):
+        BrokenImageBudget(max_broken_share=share)
 
 
 def test_split_broken_keeps_the_order():

@@ -27,11 +27,7 @@ from personvit_hf.preparing import prepare_dataset
 from personvit_hf.reid_data import load_reid_dataset
 
 PERSONVIT = Path(sys.executable).with_name("personvit")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def png_chunk(kind, content):

@@ -18,11 +18,7 @@ MARKET = {
     "query": ["0012_c2s1_000001_00.jpg"],
     "bounding_box_test": ["0000_c3s1_000001_00.jpg", "-1_c1s1_000401_03.jpg", "0012_c5s1_000001_01.jpg"],
 }
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture

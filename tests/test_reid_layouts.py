@@ -5,10 +5,7 @@ from layouts import DUKE, MARKET, jpegs, msmt17, to_archive, to_folder
 from personvit_hf.reid_data import load_reid_dataset
 from personvit_hf.reid_layouts import BENCHMARKS, benchmarks_called
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def rows(data, split):

@@ -141,7 +141,7 @@ def test_files_that_are_no_settings(tmp_path, text, found):
 
 
 def test_settings_file_that_is_not_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"`--config` .*none\.yaml"):
+    with pytest.raises(FileNotFoundError, match=r"none\.yaml: no such file of settings"):
         parse_arguments(Arguments, ["--data", "x", "--config", str(tmp_path / "none.yaml")])
 
 

@@ -3,7 +3,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,11 +20,7 @@ from personvit_hf.selection import forgetting_scores, near_duplicates, select_im
 from personvit_hf.shards import load_person_stream
 
 PERSONVIT = Path(sys.executable).with_name("personvit")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def unit(vectors):
@@ -107,7 +102,7 @@ def test_random_selection():
         ({"keep": float("nan")}, "`keep` must be a share"),
         ({"generic": None}, "features of two models"),
         ({"adapted": None, "by": "random", "near_duplicate": 0.9}, "give `adapted`"),
-        ({"near_duplicate": 1.1}, "cosine similarity in"),
+        ({"near_duplicate": 1.1}, "^Near-duplicates are told by a cosine similarity in"),
         ({"near_duplicate": 0}, "cosine similarity in"),
         ({"num_images": 4}, "features of 3 images, the data have 4"),
         ({"generic": folder([[1, 0], [1, 0], [0, 1]])}, "same architecture"),

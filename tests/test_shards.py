@@ -13,11 +13,7 @@ from personvit_hf.preparing import prepare_dataset
 from personvit_hf.shards import load_person_stream
 
 NUM_IMAGES = 23
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def webdataset(folder: Path, num_images: int = NUM_IMAGES, per_file: int = 10, name: str = "part") -> Path:

@@ -18,6 +18,7 @@ from personvit_hf.shards import Piece, load_person_stream
 from personvit_hf.streaming import EpochOrder, PersonStream, skip_batches, stream_loader
 
 ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 class NumberedImages:
@@ -122,11 +123,6 @@ def test_rows_left_over_are_others_in_each_epoch():
     stream = Numbers(NumberedImages([101]), None, 10)
     left = [set(range(101)) - {row for batch in stream.batches(epoch) for row in batch} for epoch in range(8)]
     assert all(len(rows) == 1 for rows in left) and len(set.union(*left)) > 4
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
 def augment(image, rng):

@@ -88,7 +88,7 @@ def test_every_change_is_one_of_a_setting_that_there_is():
         assert all(hasattr(PersonViTConfig(), name) for name in change.get("config_overrides", {}))
 
 
-def test_a_model_on_the_way_is_that_of_its_epoch(args, tmp_path):
+def test_a_model_on_the_way_is_that_of_its_epoch(tmp_path):
     run = tmp_path / "pretrained"
     for step in (10, 20, 30):
         (run / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)

@@ -29,8 +29,7 @@ RULES = CropRules(min_height=40, min_track_boxes=3, every=4, min_sharpness=10)
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+def short_chunks(own_cache, monkeypatch):
     monkeypatch.setattr(video_module, "CHUNK_FRAMES", 15)
 
 
@@ -198,10 +197,6 @@ def test_chunks_without_a_crop(people, tmp_path):
     assert len(load_person_images(out)["image"]) == len(datasets.load_dataset(str(out), split="train")) == 6
     stream = load_person_stream(out)
     assert len([row for piece in stream.pieces for row in stream.read(piece, 0, piece.num_rows)]) == 6
-    first = out / "train-0000-00000.parquet"
-    pq.write_table(pq.read_table(first), first)  # as earlier versions did: a row group without rows
-    assert crops_from_videos(*arguments, rules=RULES).new_chunks == 1
-    assert pq.read_metadata(first).num_row_groups == 0
     assert crops_from_videos(*arguments, rules=RULES).new_chunks == 0
 
 
@@ -319,12 +314,12 @@ def test_detections_are_boxes_of_people(weights):
 def test_bad_detectors(weights, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no such detector; it has.*fasterrcnn"):
         PersonDetector("yolo")
-    with pytest.raises(FileNotFoundError, match="no such file of weights"):
+    with pytest.raises(FileNotFoundError, match="a.pth: no such checkpoint file"):
         PersonDetector("ssdlite320_mobilenet_v3_large", tmp_path / "a.pth")
     with pytest.raises(ValueError, match="no weights of retinanet"):
         PersonDetector("retinanet_resnet50_fpn", weights)
     (tmp_path / "a.pth").write_bytes(b"\x80\x04cos\nsystem\n(S'exit 1'\ntR.")
-    with pytest.raises(ValueError, match="a.pth: no weights of"):
+    with pytest.raises(ValueError, match="a.pth: not a checkpoint that can be read safely"):
         PersonDetector("ssdlite320_mobilenet_v3_large", tmp_path / "a.pth")
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)

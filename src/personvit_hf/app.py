@@ -31,11 +31,11 @@ from .app_page import (
     results_html,
     thumbnail,
 )
-from .embedding import ID_COLUMNS, embed_images, model_fingerprint, read_embeddings
+from .embedding import KEPT_ID_COLUMNS, embed_images, is_embedded, model_fingerprint, read_embeddings
+from .extras import require
 from .loading import load_embedder, read_config
 from .patches import PatchTokens, cluster_parts, match_patches, patch_tokens
 from .person_images import BrokenImage, PersonImages, resolve_source
-from .reid_data import load_reid_dataset
 from .search import ExactIndex, load_gallery_images
 from .visualization import draw_attention, draw_correspondences, draw_parts
 
@@ -103,7 +103,7 @@ class PersonFinder:
     def examples(self) -> list[tuple[np.ndarray, str]]:
         """Pictures to try, and who they show: queries of the first labelled gallery, evenly; none without labels."""
         for source in self.galleries.values():
-            if not _is_embedded(source) and (queries := _labelled(source, "query")) is not None:
+            if not is_embedded(source) and (queries := _labelled(source, "query")) is not None:
                 pictures = PersonImages(queries)
                 chosen = np.linspace(0, len(pictures) - 1, min(_NUM_EXAMPLES, len(pictures))).round().astype(int)
                 columns = _columns(queries)
@@ -187,7 +187,7 @@ class PersonFinder:
     def _gallery(self, model: str, gallery: str) -> _Gallery:
         source = self.galleries[gallery]
         network, processor = self.models[model].loaded
-        if _is_embedded(source):
+        if is_embedded(source):
             folder = read_embeddings(source)
             if folder.weights != model_fingerprint(network, processor):
                 raise RequestError("This gallery was embedded by another model: choose that one.")
@@ -301,7 +301,7 @@ def launch_app(finder: PersonFinder, host: str = "127.0.0.1", port: int | None =
         block: Whether to return only when it ends.
 
     Returns:
-        The running `gradio.Blocks`, if `block` is false.
+        The `gradio.Blocks`, which still runs if `block` is false.
 
     Raises:
         ImportError: Gradio is not installed.
@@ -351,20 +351,16 @@ def _drawings(patches: PatchTokens, names: list[str]) -> list[tuple[str, bytes]]
     return contents
 
 
-def _is_embedded(source: str) -> bool:
-    return (Path(source) / "embeddings.json").is_file()
-
-
 def _labelled(source: str, split: str) -> datasets.Dataset | None:
     """A split of a labelled data set with undecoded images; None if it is none."""
     try:
-        return load_reid_dataset(source)[split].cast_column("image", datasets.Image(decode=False))
+        return load_gallery_images(source, split)
     except ValueError:
         return None
 
 
 def _columns(pictures: datasets.Dataset) -> dict[str, np.ndarray]:
-    return {name: np.array(pictures[name]) for name in ID_COLUMNS if name in pictures.column_names}
+    return {name: np.array(pictures[name]) for name in KEPT_ID_COLUMNS if name in pictures.column_names}
 
 
 def _caption(columns: Mapping[str, np.ndarray], row: int, separator: str = "\n") -> str:
@@ -374,8 +370,7 @@ def _caption(columns: Mapping[str, np.ndarray], row: int, separator: str = "\n")
 
 def _gradio() -> Any:
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    try:
-        import gradio
-    except ImportError as error:
-        raise ImportError("gradio is not installed: pip install 'personvit-hf[app]'.") from error
+    require("gradio", "app")
+    import gradio
+
     return gradio

@@ -20,6 +20,9 @@ from huggingface_hub import CardData, DatasetCard, DatasetCardData, EvalResult, 
 from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from .files import read_json, read_yaml
+from .reid_data import num_valid_queries
+
 CARD_FILE, ENVIRONMENT_FILE, SETTINGS_FILE = "README.md", "environment.json", "arguments.yaml"
 BEST_FILE = "best.json"  # beside a model that `keep_best` chose
 MARKER = (
@@ -42,7 +45,7 @@ def published_settings(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: if the file is not a YAML mapping.
     """
-    settings = _read_settings(folder)
+    settings = read_yaml(folder / SETTINGS_FILE)
     known = {name: value for name, value in settings.items() if name not in PLACES and not name.startswith("hub_")}
     return {name: value for name, value in known.items() if not _names_a_place(value)}
 
@@ -93,12 +96,16 @@ class SavedModel:
     @classmethod
     def read(cls, folder: Path) -> SavedModel:
         """Reads them; the errors are those of `write_card`."""
-        config, processor = (read_json(folder / name, True) for name in ("config.json", "preprocessor_config.json"))
+        needed = [folder / name for name in ("config.json", "preprocessor_config.json")]
+        for path in needed:
+            if not path.is_file():
+                raise FileNotFoundError(f"{path}: no such file. Save model and image processor to this folder.")
+        config, processor = map(read_json, needed)
         architecture = (config.get("architectures") or [None])[0]
         if architecture not in ARCHITECTURES:
             raise ValueError(f"{folder}: a card is for one of {', '.join(ARCHITECTURES)}; this is {architecture}.")
         record = read_json(folder / ENVIRONMENT_FILE)
-        settings = _read_settings(folder)
+        settings = read_yaml(folder / SETTINGS_FILE)
         return cls(folder, config, processor, settings, record, _read_log(folder, settings))
 
     @property
@@ -190,10 +197,6 @@ def dataset_card(
         (split, len(ids), len(people[split]), len(set(cameras)), ids.count(0), ids.count(-1))
         for split, (ids, cameras) in rows.items()
     ]
-    seen: dict[int, set[int]] = {}
-    for person, camera in zip(*rows["gallery"], strict=True):
-        seen.setdefault(person, set()).add(camera)
-    valid = [bool(seen.get(person, set()) - {camera}) for person, camera in zip(*rows["query"], strict=True)]
     total = sum(row[1] for row in table)
     name = pretty_name or repo_id.split("/")[-1]
     card_data = DatasetCardData(
@@ -214,7 +217,7 @@ def dataset_card(
         name=_code(name),
         repo_id=repo_id,
         splits=table,
-        valid_queries=sum(valid),
+        valid_queries=num_valid_queries(dataset),
         shared_people=len(people["train"] & people["gallery"]),
         other_columns={
             _code(column): _code(getattr(feature, "dtype", type(feature).__name__))
@@ -332,37 +335,6 @@ def _emissions(saved: SavedModel) -> dict[str, Any] | None:
     }
 
 
-def read_json(path: Path, required: bool = False) -> dict[str, Any]:
-    """The object in a JSON file; empty if there is no such file and none is `required`.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it holds no JSON object.
-    """
-    if not path.is_file():
-        if required:
-            raise FileNotFoundError(f"{path}: no such file. Save the model and its image processor to this folder.")
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not a JSON file: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}.")
-    return content
-
-
-def _read_settings(folder: Path) -> dict[str, Any]:
-    path = folder / SETTINGS_FILE
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a YAML file: {error}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path}: expected lines `setting: value`, found {type(settings).__name__}.")
-    return settings
-
-
 def _read_log(folder: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl up to the saved model; one that a crash cut short is left out."""
     path, lines = folder / "metrics.jsonl", []
@@ -370,7 +342,7 @@ def _read_log(folder: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
             lines.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
     lines = [line for line in lines if isinstance(line, dict)]
     if not isinstance(last, int):

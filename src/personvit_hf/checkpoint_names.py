@@ -156,7 +156,7 @@ def backbone_from_official(path: str | Path, weights: Weights, left_out: dict[st
     mask_token = ours.get("embeddings.mask_token")
     if mask_token is not None and mask_token.tensor.ndim == 2:
         ours["embeddings.mask_token"] = Weight(mask_token.tensor[None], mask_token.key)
-    return _without_distillation_position(path, ours) if distilled else ours
+    return _without_distillation_position(ours) if distilled else ours
 
 
 def backbone_from_transformers(path: str | Path, weights: Weights, left_out: dict[str, str]) -> Weights:
@@ -171,7 +171,7 @@ def backbone_from_transformers(path: str | Path, weights: Weights, left_out: dic
             raise ValueError(f"{path}: query, key and value of `{parts[0].key}` differ in shape: {', '.join(found)}.")
         fused = torch.cat([weight.tensor for weight in parts])
         ours[name.replace("q_proj", "qkv_proj")] = Weight(fused, ", ".join(weight.key for weight in parts))
-    return _without_distillation_position(path, ours) if distilled else ours
+    return _without_distillation_position(ours) if distilled else ours
 
 
 def _by_layer(
@@ -216,7 +216,7 @@ def _joined(path: str | Path, parts: Iterable[tuple[str, Weight | None]]) -> Wei
     return Weight(torch.cat(tensors, dim=1), key)
 
 
-def _without_distillation_position(path: str | Path, ours: Weights) -> Weights:
+def _without_distillation_position(ours: Weights) -> Weights:
     """Positions without the second one, which is the distillation token's."""
     name = "embeddings.position_embeddings"
     if name in ours and ours[name].tensor.ndim == 3:

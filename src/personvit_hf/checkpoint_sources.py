@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .checkpoint_names import DISTILLATION_TOKENS, Weight, Weights, checked_weight
 from .checkpoint_reading import named_entries, printable, read_checkpoint
+from .files import read_json
 
 KINDS = ("pretraining", "reid", "backbone", "timm", "transformers")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -199,7 +199,7 @@ def _open_folder(folder: Path) -> tuple[Path, dict[str, Any], Statistics | None]
     if file is None:
         raise FileNotFoundError(f"{folder}: no {' or '.join(WEIGHT_FILES)} in this folder; name the file of weights.")
     path = folder / "config.json"
-    config = _read_json(path)
+    config = read_json(path)
     model_type = config.get("model_type")
     if model_type == "personvit":
         raise ValueError(f"{folder}: already in this package's format: AutoModel.from_pretrained loads it.")
@@ -217,7 +217,7 @@ def _open_folder(folder: Path) -> tuple[Path, dict[str, Any], Statistics | None]
         if not isinstance(config["hidden_act"], str) or config["hidden_act"] not in ACT2FN:
             raise ValueError(f"{path}: unknown `hidden_act` {printable(str(config['hidden_act']))}.")
     settings |= _image_size(config.get("image_size"))
-    preprocessor = _read_json(folder / "preprocessor_config.json")
+    preprocessor = read_json(folder / "preprocessor_config.json")
     if "image_mean" not in preprocessor or "image_std" not in preprocessor:
         return file, settings, None
     statistics = {name: preprocessor[name] for name in ("image_mean", "image_std")}
@@ -247,16 +247,3 @@ def _image_size(value: Any) -> dict[str, Any]:
     if not isinstance(sides, list) or len(sides) != 2 or not all(isinstance(side, int) for side in sides):
         return {}
     return {"image_size": sides}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; nothing, if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a readable JSON file ({printable(str(error))}).") from error
-    if not isinstance(contents, dict):
-        raise ValueError(f"{path}: should hold a JSON object, found {type(contents).__name__}.")
-    return contents

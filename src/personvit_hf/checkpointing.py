@@ -23,10 +23,11 @@ from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from transformers import BaseImageProcessor
 
+from .cards import BEST_FILE
 from .distributed import whole_module, whole_weights
-from .files import check_manifest, flush_entry, flush_to_disk, rename_durably, write_manifest
+from .files import check_manifest, flush_entry, flush_to_disk, read_json, rename_durably, write_manifest
 from .loading import nonfinite_weights
-from .training_state import load_optimizer_state, load_random_states, optimizer_state, random_states, scaler_state
+from .training_state import load_optimizer_state, load_random_states, optimizer_state, random_states
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,6 @@ MODEL_FILE, OPTIMIZER_FILE, RANDOM_FILE, PROGRESS_FILE = (
     *("model.safetensors", "optimizer.safetensors", "random_states.safetensors"),
     "progress.json",
 )
-BEST_FILE = "best.json"
 FORMAT = 1
 
 
@@ -243,8 +243,8 @@ def check_best(accelerator: Accelerator, best: Path, progress: TrainingProgress)
         progress: The run's progress, whose `best` may become None.
     """
     found: list[Any] = [None]
-    if accelerator.is_main_process and (best / BEST_FILE).is_file():
-        found = [json.loads((best / BEST_FILE).read_text()).get("score")]
+    if accelerator.is_main_process:
+        found = [read_json(best / BEST_FILE).get("score")]
     broadcast_object_list(found)
     if progress.best is not None and found[0] != progress.best:
         logger.warning("%s is not the best model so far (mAP %.4f): chosen is from here on.", best, progress.best)
@@ -362,7 +362,7 @@ def _position(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> dic
         "distributed_type": accelerator.distributed_type.value,
         "num_processes": accelerator.num_processes,
         "optimizer": _optimizer_name(optimizer),
-        "scaler": scaler_state(accelerator),
+        "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),  # of fp16
         # what scripts gave to `register_for_checkpointing`; it has no public reader
         "registered": [[type(item).__name__, item.state_dict()] for item in accelerator._custom_objects],
     }

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from .cli_common import absolute, numbers, printable, printable_lines
 from .cli_data import data_app
 from .cli_show import show_app
 
@@ -38,16 +39,6 @@ class Runtime(str, Enum):
     timm = "timm"
     onnx = "onnx"
     torch = "torch"
-
-
-def _numbers(text: str | None, kind: type = float, separator: str = ",") -> list | None:
-    """The numbers of an option such as 0.5,0.5,0.5 or 256x128."""
-    if text is None:
-        return None
-    try:
-        return [kind(part) for part in text.split(separator)]
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is not {kind.__name__} numbers with {separator!r} between.") from None
 
 
 app.add_typer(data_app, name="data")
@@ -82,14 +73,14 @@ def convert(
 
     overrides = {
         "num_attention_heads": num_attention_heads,
-        "image_size": _numbers(image_size, int, "x"),
+        "image_size": numbers(image_size, int, "x"),
         "patch_stride": patch_stride,
         "num_cameras": num_cameras,
         "num_views": num_views,
         "side_information_scale": side_information_scale,
         "layer_norm_eps": layer_norm_eps,
-        "image_mean": _numbers(image_mean),
-        "image_std": _numbers(image_std),
+        "image_mean": numbers(image_mean),
+        "image_std": numbers(image_std),
     }
     overrides = {name: value for name, value in overrides.items() if value is not None}
     if to == "official":
@@ -113,7 +104,8 @@ def convert(
 def _convert_to_official(folder: Path, file: Path) -> None:
     from transformers import AutoImageProcessor
 
-    from .official_format import load_own_model, save_official_checkpoint
+    from .loading import load_own_model
+    from .official_format import save_official_checkpoint
 
     model = load_own_model(folder)
     save_official_checkpoint(model, file)
@@ -146,7 +138,8 @@ def export(
     takes = {Runtime.onnx: {"normalize", "batch_size", "opset"}, Runtime.torch: {"normalize", "batch_size"}}
     unused = sorted(given.keys() - takes.get(to, set()))
     if unused:
-        raise ValueError(f"--to {to.value} takes no {' or '.join(unused)}.")
+        flags = " or ".join(f"--{name.removesuffix('_size')}" for name in unused)
+        raise ValueError(f"--to {to.value} takes no {flags}.")
     import torch
 
     from . import export as exporters
@@ -194,7 +187,7 @@ def embed(
     state = Accelerator()
     require_connected(state)
     # absolute, for a search from another folder
-    model, data = _absolute(model), _absolute(data)
+    model, data = absolute(model), absolute(data)
     network, processor = load_embedder(model)
     images = load_gallery_images(data, split)
     made = write_embeddings(
@@ -269,24 +262,6 @@ def evaluate(
         output.write_text(json.dumps(plain, indent=2) + "\n")
 
 
-def _absolute(name_or_path: str) -> str:
-    """One spelling of a path, from whatever folder it is named; a name on the Hub as it is."""
-    path = Path(name_or_path)
-    if not path.exists():
-        return name_or_path
-    # of a link to a file the own name is kept: its ending tells what the file is
-    return str(path.resolve() if path.is_dir() else path.parent.resolve() / path.name)
-
-
-def _printable(line: str) -> str:
-    """What files from elsewhere tell, without what would steer a terminal."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
-
-
-def _printable_lines(text: str) -> str:
-    return "\n".join(map(_printable, text.split("\n")))
-
-
 def _print_figures(figures: dict) -> None:
     intervals = figures.get("confidence_intervals", {})
     for name in ("mAP", "mINP", "rank1", "rank5", "rank10"):
@@ -346,7 +321,7 @@ def search(
         for rank, (i, similarity) in enumerate(zip(found, likeness, strict=True), start=1):
             if i >= 0:
                 ids = "".join(f"  {name} {values[i]}" for name, values in folder.columns.items())
-                typer.echo(_printable(f"{rank:>4}  {similarity:.4f}  {folder.names[i]}{ids}"))
+                typer.echo(printable(f"{rank:>4}  {similarity:.4f}  {folder.names[i]}{ids}"))
     if draw:
         draw_results(query, folder, indices, draw)
 
@@ -374,7 +349,7 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        typer.echo(_printable_lines(f"personvit: {error}"), err=True)
+        typer.echo(printable_lines(f"personvit: {error}"), err=True)
         sys.exit(1)
 
 

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .cli_common import absolute, printable_lines
+
 data_app = typer.Typer(no_args_is_help=True, help="Get data sets ready.")
 
 
@@ -21,11 +23,10 @@ def prepare(
     shard_images: Annotated[int, typer.Option(help="Images a parquet file.")] = 10_000,
 ) -> None:
     """Turn a folder or archive into parquet files that load_dataset reads, and report what became of each file."""
-    from .cli import _printable_lines
     from .preparing import prepare_dataset
 
     report = prepare_dataset(source, out, root, shard_images=shard_images, progress=sys.stderr.isatty())
-    typer.echo(_printable_lines(f"{out}: {report}"))
+    typer.echo(printable_lines(f"{out}: {report}"))
 
 
 @data_app.command()
@@ -48,7 +49,6 @@ def select(
     max_broken_share: Annotated[float, typer.Option(help="Largest share of broken images in a shard.")] = 0.01,
 ) -> None:
     """Choose images to pre-train on: an index of rows and scores, nothing copied."""
-    from .cli import _absolute
     from .person_images import load_person_images, require_no_index
     from .selection import check_index, check_rules, select_images, write_selection
 
@@ -58,7 +58,7 @@ def select(
         _require_model(name)
     check_index(out)
     require_no_index(data)
-    data = _absolute(data)
+    data = absolute(data)
     images = load_person_images(data)
     options = {"batch_size": batch_size, "num_workers": num_workers, "max_broken_share": max_broken_share}
     options["progress"] = sys.stderr.isatty()
@@ -99,7 +99,6 @@ def from_video(
     ] = False,
 ) -> None:
     """Cut the people out of videos: tracked, filtered, as parquet files that pre-training takes."""
-    from .cli import _printable_lines
     from .tracks import CropRules
     from .video import DETECTOR_SCORE, crops_from_videos
 
@@ -124,31 +123,30 @@ def from_video(
         blur_heads,
         progress=sys.stderr.isatty(),
     )
-    typer.echo(_printable_lines(f"{out}: {report}"))
+    typer.echo(printable_lines(f"{out}: {report}"))
 
 
 def _require_model(name: str) -> None:
     """Stops before long work if there are no such features and no such checkpoint."""
-    from .embedding import SETTINGS_FILE
+    from .embedding import is_embedded
     from .loading import read_config
 
-    if not (Path(name) / SETTINGS_FILE).is_file():
+    if not is_embedded(name):
         read_config(name)
 
 
 def _embedded(name: str, images: Any, data: str, folder: Path, **options: Any) -> Any:
     """The features in a folder of `personvit embed`; or those of a checkpoint, made in `folder`."""
-    from .cli import _absolute
-    from .embedding import SETTINGS_FILE, read_embeddings, write_embeddings
+    from .embedding import is_embedded, read_embeddings, write_embeddings
     from .loading import load_embedder
 
-    if (Path(name) / SETTINGS_FILE).is_file():
+    if is_embedded(name):
         folder = read_embeddings(name)
         folder.require_images(images)
         return folder
     from accelerate import PartialState
 
     network, processor = load_embedder(name)
-    source = {"model": _absolute(name), "data": data, "split": None}
+    source = {"model": absolute(name), "data": data, "split": None}
     write_embeddings(network.to(PartialState().device), processor, images, folder, source, **options)
     return read_embeddings(folder)

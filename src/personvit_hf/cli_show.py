@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .cli_common import numbers
+
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
@@ -100,7 +102,6 @@ def occlusion(
     dpi: Dpi = 300,
 ) -> None:
     """Attention to a person who is hidden more and more, and how much of the feature is left."""
-    from .cli import _numbers
     from .patches import occlude, patch_tokens
     from .visualization import draw_occlusion
 
@@ -108,7 +109,7 @@ def occlusion(
     if len(images) != 1:
         raise ValueError(f"One picture is hidden, got {len(images)}: name one of them with --rows.")
     whole = [0.0]  # what the others are compared with
-    hidden = whole + [share for share in _numbers(shares) if share]
+    hidden = whole + [share for share in numbers(shares) if share]
     occluded = [occlude(images[0], share, side) for share in hidden]
     _save(draw_occlusion(patch_tokens(*_load(model, out), occluded, image_size=_size(image_size)), hidden), out, dpi)
 
@@ -178,9 +179,7 @@ def _save(figure: Figure, out: Path, dpi: int) -> None:
 
 
 def _size(text: str | None) -> tuple[int, int] | None:
-    from .cli import _numbers
-
-    size = _numbers(text, int, "x")
+    size = numbers(text, int, "x")
     if size is not None and len(size) != 2:
         raise typer.BadParameter(f"{text!r} is not HEIGHTxWIDTH, such as 256x128.")
     return size and (size[0], size[1])
@@ -207,12 +206,10 @@ def _images(sources: list[str], split: str | None, rows: str | None, number: int
 
 
 def _rows(text: str | None, length: int, number: int) -> list[int]:
-    from .cli import _numbers
-
     if text is None:
         number = min(number, length)
         return [round(i * (length - 1) / max(number - 1, 1)) for i in range(number)]
-    rows = _numbers(text, int)
+    rows = numbers(text, int)
     if not all(0 <= row < length for row in rows):
         raise ValueError(f"--rows must lie in [0, {length - 1}], got {text}.")
     return rows

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torchvision.models import detection, get_model, list_models
 
+from .checkpoint_reading import read_checkpoint
+
 PERSON_LABEL = 1  # of COCO, on which all of torchvision's detectors are trained
 
 
@@ -38,12 +40,10 @@ class PersonDetector:
                     "path, or give boxes."
                 ) from error
         else:
-            if not Path(weights).is_file():
-                raise FileNotFoundError(f"{weights}: no such file of weights.")
             model = get_model(name, weights=None, weights_backbone=None)
             try:
-                model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-            except Exception as error:  # torch and pickle raise their own for what they can't read
+                model.load_state_dict(read_checkpoint(Path(weights)))
+            except RuntimeError as error:
                 raise ValueError(f"{weights}: no weights of {name}: {error}") from error
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = model.eval().to(self.device)

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from .dataset_loading import EMBEDDINGS_FILE as SETTINGS_FILE
+from .files import read_json, written_aside
 from .person_images import BrokenImage, BrokenImageBudget, PersonImages, decode_image, rgb_pixels, split_broken
 
 SHARD_IMAGES = 4096
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 _FORMAT = 1
 # Columns of a labelled data set that travel with the vectors.
-ID_COLUMNS = ("person_id", "camera_id", "track_id")
+KEPT_ID_COLUMNS = ("person_id", "camera_id", "track_id")
 
 
 class _ProcessedImages(torch.utils.data.Dataset):
@@ -270,7 +270,7 @@ def write_embeddings(
     }
     shards = list(_shards(folder, len(images), shard_images))
     there = [(file, rows) for file, rows in shards if file.is_file()]
-    if (folder / SETTINGS_FILE).is_file():
+    if is_embedded(folder):
         _require_settings(folder, settings)
     elif there:
         raise ValueError(f"{folder} holds shards, but no {SETTINGS_FILE}. Choose another folder, or remove this one.")
@@ -292,12 +292,17 @@ def write_embeddings(
         good = np.flatnonzero(~np.isnan(embeddings[:, 0]))
         table = _describe(part, rows.start)
         _write_settings(folder, settings)  # not earlier: a model or a setting that doesn't work leaves nothing behind
-        with _complete_file(vectors_file.with_suffix(".parquet")) as partial:
+        with written_aside(vectors_file.with_suffix(".parquet"), overwrite=True) as partial:
             parquet.write_table(table.take(good), partial)
-        with _complete_file(vectors_file) as partial:  # last: it says that the shard is complete
+        with written_aside(vectors_file, overwrite=True) as partial:  # last: it says that the shard is complete
             save_file({"embeddings": embeddings[good]}, partial)
         made += 1
     return made
+
+
+def is_embedded(source: str | os.PathLike) -> bool:
+    """Whether this is a folder that `write_embeddings` wrote, and no images."""
+    return (Path(source) / SETTINGS_FILE).is_file()
 
 
 def read_embeddings(folder: str | os.PathLike) -> EmbeddingFolder:
@@ -323,7 +328,7 @@ def read_embeddings(folder: str | os.PathLike) -> EmbeddingFolder:
     embeddings, table = np.concatenate(vectors), concat_tables(tables)
     if not np.isfinite(embeddings).all():
         raise ValueError(f"{folder}: its embeddings hold NaN or infinity. Remove its shards and embed again.")
-    columns = {name: table[name].to_numpy() for name in ID_COLUMNS if name in table.column_names}
+    columns = {name: table[name].to_numpy() for name in KEPT_ID_COLUMNS if name in table.column_names}
     return EmbeddingFolder(folder, settings, embeddings, table["row"].to_numpy(), table["name"].to_pylist(), columns)
 
 
@@ -335,7 +340,7 @@ def _shards(folder: Path, num_images: int, shard_images: int) -> Iterator[tuple[
 
 def _describe(rows: datasets.Dataset, first: int) -> Table:
     """Row number, name and ids of some images, whose bytes are not read."""
-    columns = [column for column in ID_COLUMNS if column in rows.column_names]
+    columns = [column for column in KEPT_ID_COLUMNS if column in rows.column_names]
     plain = rows.select_columns(["image", *columns]).cast_column("image", datasets.Image(decode=False)).flatten()
     plain = plain.select_columns(["image.path", *columns]).with_format(None)
     names = [path or f"row {first + i}" for i, path in enumerate(plain["image.path"][:])]
@@ -370,10 +375,9 @@ def _first_change(then: Table, now: Table) -> str | None:
 
 
 def _write_settings(folder: Path, settings: dict[str, Any]) -> None:
-    if (folder / SETTINGS_FILE).is_file():  # of another process, or of an earlier run
+    if is_embedded(folder):  # settings of another process, or of an earlier run
         return _require_settings(folder, settings)
-    folder.mkdir(parents=True, exist_ok=True)
-    with _complete_file(folder / SETTINGS_FILE) as partial:
+    with written_aside(folder / SETTINGS_FILE, overwrite=True) as partial:
         partial.write_text(json.dumps(settings, indent=2) + "\n")
 
 
@@ -394,7 +398,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"{folder}: no {SETTINGS_FILE} in it; expected a folder that `personvit embed` made.")
     try:
-        settings = json.loads(file.read_text())
+        settings = read_json(file)
         sizes = [settings[name] for name in ("num_images", "shard_images", "hidden_size")]
         good = settings["format"] == _FORMAT and all(type(size) is int and size > 0 for size in sizes)
         good = good and all(isinstance(settings[name], str) for name in ("weights", "model", "data"))
@@ -404,14 +408,3 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     if not good:
         raise ValueError(f"{file}: not the settings of a folder that `personvit embed` made.")
     return settings
-
-
-@contextmanager
-def _complete_file(file: Path) -> Iterator[Path]:
-    """A path to write to that becomes `file` once all is written."""
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)

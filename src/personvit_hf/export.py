@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -22,10 +21,12 @@ from torch import nn
 from torch.nn.utils.parametrize import register_parametrization
 from transformers import BaseImageProcessor, ViTConfig, ViTImageProcessor
 
+from .checkpoint_names import official_name
 from .configuration_personvit import PRESETS, PersonViTConfig
+from .extras import require
 from .files import written_aside
 from .modeling_personvit import PersonViTForReID, PersonViTModel
-from .plain_vit import Tensors, backbone_and_neck, check_plain, plain_weights, timm_names, vit_names
+from .plain_vit import Tensors, backbone_and_neck, check_plain, plain_weights, vit_names
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +147,8 @@ def export_timm(
     }
     with written_aside(Path(folder), overwrite) as aside:
         aside.mkdir()
-        _save_weights(timm_names(plain_weights(model, (height, width))), aside / "model.safetensors", half)
+        weights = {official_name(name): tensor for name, tensor in plain_weights(model, (height, width)).items()}
+        _save_weights(weights, aside / "model.safetensors", half)  # timm has the official names
         description = {
             "architecture": f"vit_{preset}_patch16_224",
             "num_classes": 0,
@@ -194,9 +196,8 @@ def export_onnx(
             opset.
         FileExistsError: if `file` exists.
     """
-    missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
-    if missing:
-        raise ImportError(f"Export to ONNX needs {' and '.join(missing)}: pip install 'personvit-hf[export]'.")
+    for module in ("onnx", "onnxscript"):
+        require(module, "export")
     file = _with_suffix(file, ".onnx")
     if opset < ONNX_OPSET:
         raise ValueError(f"`opset` must be {ONNX_OPSET} or later, got {opset}: PyTorch writes no older ones.")

@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all."""
+"""Files and folders that are written whole or not at all, and what is read from files of any origin."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 20
@@ -77,6 +80,41 @@ def _check_replaceable(output: Path, new: Path) -> None:
         raise FileExistsError(f"{output} holds other files, which would be lost: {sorted(others)[:5]}.")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of any origin; empty if there is no such file.
+
+    Raises:
+        ValueError: if it holds no JSON object.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a JSON file: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}.")
+    return content
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file of any origin; empty if there is no such file.
+
+    Raises:
+        ValueError: if it is no YAML mapping.
+    """
+    if not path.is_file():
+        return {}
+    content = path.read_bytes()
+    try:
+        settings = yaml.safe_load(content.decode())
+    except Exception as error:  # of many types: yaml wraps few of what its readers of dates and numbers raise
+        raise ValueError(f"{path}: not a YAML file: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: expected lines `setting: value`, found {type(settings).__name__}.")
+    return settings
+
+
 def flush_to_disk(folder: Path) -> None:
     """Waits until a folder and all in it would survive a power cut (fsync)."""
     for path in (*folder.rglob("*"), folder):
@@ -118,7 +156,7 @@ def check_manifest(folder: Path) -> None:
             raise ValueError(f"larger than {MAX_MANIFEST_BYTES} bytes")
         files = json.loads(path.read_text())["files"]
         expected = {str(name): (entry["size"], entry["sha256"]) for name, entry in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} can't be read ({error})") from error
     found = {entry.name for entry in folder.iterdir()} - {MANIFEST}
     if found != set(expected):

@@ -32,8 +32,9 @@ from safetensors import SafetensorError, safe_open
 from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from .cards import CARD_FILE, ENVIRONMENT_FILE, SETTINGS_FILE, published_settings, read_json, write_card
+from .cards import CARD_FILE, ENVIRONMENT_FILE, SETTINGS_FILE, published_settings, write_card
 from .checkpointing import save_model
+from .files import read_json
 
 logger = logging.getLogger(__name__)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -11,9 +12,10 @@ from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor, Pre
 
 from .checkpoint_sources import checked_statistics
 from .configuration_personvit import PersonViTConfig
-from .modeling_personvit import PersonViTForReID, PersonViTModel
+from .modeling_personvit import PersonViTForReID, PersonViTModel, PersonViTPreTrainedModel
 from .modeling_personvit_pretraining import PersonViTForPreTraining
 
+MODEL_CLASSES = {cls.__name__: cls for cls in (PersonViTModel, PersonViTForPreTraining, PersonViTForReID)}
 Model = TypeVar("Model", bound=PreTrainedModel)
 # What transformers raises for a JSON file whose values are of other types than it takes for granted.
 WRONG_VALUES = (StrictDataclassError, AttributeError, KeyError, TypeError)
@@ -95,16 +97,36 @@ def load_embedder(
             would look like any others; or if the processor's settings are none.
     """
     config = read_config(name_or_path, revision)
-    model_class = _embedder_class(config)
+    model = _read_whole(_embedder_class(config), name_or_path, revision=revision, dtype=dtype or "auto")
+    return model, _load_processor(name_or_path, revision, config.num_channels)
+
+
+def load_own_model(folder: str | Path) -> PersonViTPreTrainedModel:
+    """The model in a folder of this package, of the class that was saved, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: if there is no such folder or no model in it.
+        ValueError: if it holds another model, or weights are damaged, missing or no numbers.
+    """
+    if not (Path(folder) / "config.json").is_file():
+        raise FileNotFoundError(f"{folder}: no folder with a config.json.")
+    name = (read_config(str(folder)).architectures or ["PersonViTModel"])[0]
+    if name not in MODEL_CLASSES:
+        raise ValueError(f"{folder}: it holds a {name}, not one of {', '.join(MODEL_CLASSES)}.")
+    return _read_whole(MODEL_CLASSES[name], str(folder), local_files_only=True, use_safetensors=True)
+
+
+def _read_whole(model_class: type[Model], name_or_path: str, **options: Any) -> Model:
+    """The model in evaluation mode, once it is sure that the checkpoint has all its weights and they are numbers."""
     try:
-        model, loading = _read_weights(model_class, name_or_path, revision=revision, dtype=dtype or "auto")
+        model, loading = _read_weights(model_class, name_or_path, **options)
     except WRONG_VALUES as error:  # such as an unknown `hidden_act`
         raise ValueError(f"{name_or_path}: its config.json is damaged or was edited: {error!r}") from error
     if loading["missing_keys"]:
         raise ValueError(f"{name_or_path}: the checkpoint lacks weights: {sorted(loading['missing_keys'])[:5]}.")
     if broken := nonfinite_weights(model):
         raise ValueError(f"{name_or_path}: {len(broken)} weights hold NaN or infinity, such as {min(broken)}.")
-    return model.eval(), _load_processor(name_or_path, revision, config.num_channels)
+    return model.eval()
 
 
 def _embedder_class(config: PersonViTConfig) -> type[PersonViTModel | PersonViTForReID]:

@@ -133,7 +133,7 @@ def batch_hard_triplet_loss(
         Hermans et al., arXiv 1703.07737, batch hard; distances are sqrt(max(squared, 1e-12)) as in PersonViT's
         `transreid_pytorch/loss/triplet_loss.py`, which this equals when every person has equally many images.
     """
-    embeddings = embeddings.float() if embeddings.dtype in (torch.float16, torch.bfloat16) else embeddings
+    embeddings = at_least_float32(embeddings)
     squared_norms = embeddings.square().sum(1)
     with torch.autocast("cpu" if embeddings.is_meta else embeddings.device.type, enabled=False):
         products = embeddings @ embeddings.T

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .checkpoint_names import official_name
-from .checkpoint_reading import printable
-from .configuration_personvit import PersonViTConfig
+from .files import written_aside
 from .modeling_personvit import PersonViTForReID, PersonViTModel, PersonViTPreTrainedModel
 from .modeling_personvit_pretraining import PersonViTForPreTraining, PersonViTProjectionHead
-
-MODEL_CLASSES = {cls.__name__: cls for cls in (PersonViTModel, PersonViTForPreTraining, PersonViTForReID)}
 
 Tensors = dict[str, torch.Tensor]
 
@@ -57,49 +52,15 @@ def official_checkpoint(model: PersonViTPreTrainedModel) -> dict[str, Any]:
 
 
 def save_official_checkpoint(model: PersonViTPreTrainedModel, path: str | Path) -> None:
-    """Writes `official_checkpoint(model)` with `torch.save`, aside first, so that a file is there whole or not at all.
+    """Writes `official_checkpoint(model)` with `torch.save`, whole or not at all, over a file of that name.
 
     Raises:
         ValueError: for a model that no official file holds.
         OSError: if it can't be written.
     """
-    path, contents = Path(path), official_checkpoint(model)
-    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(contents, file)
-        os.chmod(partial, 0o666 & ~_umask())
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
-
-
-def load_own_model(folder: str | Path) -> PersonViTPreTrainedModel:
-    """The model in a folder of this package, of the class that was saved.
-
-    Raises:
-        FileNotFoundError: if there is no such folder or no model in it.
-        ValueError: if it holds another model.
-    """
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder}: no folder with a config.json.")
-    try:
-        config = PersonViTConfig.from_pretrained(folder)
-        name = (config.architectures or ["PersonViTModel"])[0]
-        if config.model_type != "personvit" or name not in MODEL_CLASSES:
-            raise ValueError(f"it holds a {name} of type {config.model_type!r}, not one of {', '.join(MODEL_CLASSES)}")
-        return MODEL_CLASSES[name].from_pretrained(folder, local_files_only=True, use_safetensors=True)
-    except Exception as error:  # transformers and safetensors raise their own for damaged files
-        raise ValueError(f"{folder}: not a readable model of this package ({printable(str(error))}).") from error
-
-
-def _umask() -> int:
-    """The process's mask of permissions, which `tempfile` does not follow."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    contents = official_checkpoint(model)
+    with written_aside(Path(path), overwrite=True) as aside, aside.open("wb") as file:
+        torch.save(contents, file)
 
 
 def _backbone(model: PersonViTModel) -> Tensors:

@@ -135,7 +135,7 @@ def selection_settings(file: Path) -> dict[str, Any] | None:
     try:
         told = found and json.loads(found)
         good = told is None or (isinstance(told["data"], str) and isinstance(told["num_images"], int))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         good = False
     if not good:
         raise ValueError(f"{file}: an index of `personvit data select` that doesn't say what it is an index of.")
@@ -313,12 +313,10 @@ class PersonImages:
 
     Args:
         rows: Data set with a column `image`; other columns are not read.
-        max_pixels: As in `decode_image`.
     """
 
-    def __init__(self, rows: datasets.Dataset, max_pixels: int = MAX_IMAGE_PIXELS) -> None:
+    def __init__(self, rows: datasets.Dataset) -> None:
         self.rows = with_image_column(rows, "rows", decode=False).select_columns("image").with_format(None)
-        self.max_pixels = max_pixels
 
     def __len__(self) -> int:
         """Number of images, broken ones included."""
@@ -330,7 +328,7 @@ class PersonImages:
         path = image and image["path"]
         name = f"row {index} ({path})" if path else f"row {index}"
         try:
-            return decode_image(image, name, self.max_pixels)
+            return decode_image(image, name)
         except ValueError as error:
             return BrokenImage(name, str(error))
 
@@ -350,17 +348,17 @@ class BrokenImageBudget:
     part of the data.
 
     Args:
-        max_share: Largest share of broken images tolerated, a fraction in [0, 1].
+        max_broken_share: Largest share of broken images tolerated, a fraction in [0, 1].
         min_seen: Number of images of an epoch before which the share says nothing; `end_epoch` checks in any case.
 
     Raises:
-        ValueError: max_share is not in [0, 1].
+        ValueError: max_broken_share is not in [0, 1].
     """
 
-    def __init__(self, max_share: float = 0.01, min_seen: int = 1000) -> None:
-        if not 0 <= max_share <= 1:
-            raise ValueError(f"`max_share` must be a fraction in [0, 1], got {max_share}.")
-        self.max_share = max_share
+    def __init__(self, max_broken_share: float = 0.01, min_seen: int = 1000) -> None:
+        if not 0 <= max_broken_share <= 1:
+            raise ValueError(f"`max_broken_share` must be a fraction in [0, 1], got {max_broken_share}.")
+        self.max_broken_share = max_broken_share
         self.min_seen = min_seen
         self.num_seen = 0
         self.num_broken = 0
@@ -374,7 +372,7 @@ class BrokenImageBudget:
             num_seen: Number of images in the batch, broken ones included.
 
         Raises:
-            RuntimeError: Their share of this epoch is over `max_share`; the message names the last ones.
+            RuntimeError: Their share of this epoch is over `max_broken_share`; the message names the last ones.
         """
         for image in broken:
             if image.name not in self.reasons:
@@ -402,11 +400,12 @@ class BrokenImageBudget:
         return num_broken
 
     def _check(self) -> None:
-        if self.num_broken > self.max_share * self.num_seen:
+        if self.num_broken > self.max_broken_share * self.num_seen:
             last = "\n".join(list(self.reasons.values())[-5:])
             raise RuntimeError(
-                f"{self.num_broken} of {self.num_seen} images are broken, more than the share of {self.max_share:g} "
-                f"that is tolerated. Repair or remove them, or raise the share. The last ones:\n{last}"
+                f"{self.num_broken} of {self.num_seen} images are broken, more than the share of "
+                f"{self.max_broken_share:g} that is tolerated. Repair or remove them, or raise the share. The last "
+                f"ones:\n{last}"
             )
 
 

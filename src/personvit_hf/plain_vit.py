@@ -21,15 +21,6 @@ VIT_LAYER_NAMES = {
     "mlp.fc1": "intermediate.dense",
     "mlp.fc2": "output.dense",
 }
-# Ours, and timm's.
-TIMM_LAYER_NAMES = {
-    "layernorm_before": "norm1",
-    "layernorm_after": "norm2",
-    "attention.qkv_proj": "attn.qkv",
-    "attention.o_proj": "attn.proj",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
-}
 
 
 def check_plain(config: PersonViTConfig, target: str) -> None:
@@ -89,25 +80,4 @@ def vit_names(weights: Tensors) -> Tensors:
                 renamed[f"{prefix}.attention.attention.{which}.{kind}"] = piece
         else:
             renamed[f"{prefix}.{VIT_LAYER_NAMES[part]}.{kind}"] = tensor
-    return renamed
-
-
-def timm_names(weights: Tensors) -> Tensors:
-    """Backbone weights under the names of timm's VisionTransformer."""
-    outside = {
-        "embeddings.cls_token": "cls_token",
-        "embeddings.position_embeddings": "pos_embed",
-        "embeddings.patch_embeddings.projection.weight": "patch_embed.proj.weight",
-        "embeddings.patch_embeddings.projection.bias": "patch_embed.proj.bias",
-        "layernorm.weight": "norm.weight",
-        "layernorm.bias": "norm.bias",
-    }
-    renamed = {}
-    for name, tensor in weights.items():
-        if name in outside:
-            renamed[outside[name]] = tensor
-            continue
-        _, index, rest = name.split(".", 2)
-        part, _, kind = rest.rpartition(".")
-        renamed[f"blocks.{index}.{TIMM_LAYER_NAMES[part]}.{kind}"] = tensor
     return renamed

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from .file_trees import ARCHIVE_SUFFIXES, FileTree, TarTree, UnreadableFile, is_lmdb
+from .files import written_aside
 from .person_images import decode_image, image_names, image_trees, luperson_path, resolve_source
 from .reid_data import labelled_files
 from .reid_layouts import BENCHMARKS, benchmarks_called, require_no_layout, warn_of_missing
@@ -319,6 +320,5 @@ def _finish(title: str, splits: dict[str, list[_Row]], out: Path, report: Prepar
     )
     numbers = {"read": report.read, "kept": report.kept, "skipped": report.skipped, "missing": report.missing}
     for name, text in (("report.json", json.dumps(numbers, indent=1, ensure_ascii=False)), ("README.md", readme)):
-        part = out / f".{name}.part"
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, out / name)
+        with written_aside(out / name, overwrite=True) as part:
+            part.write_text(text, encoding="utf-8")

@@ -102,15 +102,11 @@ def person_labels(person_ids: Iterable[int]) -> dict[int, int]:
     return {person: label for label, person in enumerate(people)}
 
 
-def require_true_match(dataset: datasets.DatasetDict, source: str) -> None:
-    """Stops before long work whose result could not be scored (`evaluate_reid` raises then).
+def num_valid_queries(dataset: datasets.DatasetDict) -> int:
+    """How many queries have a true match: a gallery image of the same person (id above 0) by another camera.
 
     Args:
         dataset: What `load_reid_dataset` returns.
-        source: Its name, for the message.
-
-    Raises:
-        ValueError: No query has a gallery image of the same person (id above 0) by another camera.
     """
     query, gallery = (
         zip(rows["person_id"][:], rows["camera_id"][:], strict=True) for rows in (dataset["query"], dataset["gallery"])
@@ -119,7 +115,20 @@ def require_true_match(dataset: datasets.DatasetDict, source: str) -> None:
     for person, camera in gallery:
         if person > 0:
             cameras.setdefault(person, set()).add(camera)
-    if not any(cameras.get(person, set()) - {camera} for person, camera in query):
+    return sum(bool(cameras.get(person, set()) - {camera}) for person, camera in query)
+
+
+def require_true_match(dataset: datasets.DatasetDict, source: str) -> None:
+    """Stops before long work whose result could not be scored (`evaluate_reid` raises then).
+
+    Args:
+        dataset: What `load_reid_dataset` returns.
+        source: Its name, for the message.
+
+    Raises:
+        ValueError: No query has a true match.
+    """
+    if not num_valid_queries(dataset):
         raise ValueError(
             f"{source} can't be scored: none of the {len(dataset['query'])} queries has a true match, a gallery image "
             "with its `person_id` (1 or above) and another `camera_id`. Check that person ids agree between query and "

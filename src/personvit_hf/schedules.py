@@ -142,13 +142,11 @@ def finetune_learning_rate(
     lr_factor: float = 1.0,
     total_epochs: int = 120,
     warmup_epochs: int = 20,
-    min_fraction: float = 0.002,
-    warmup_start_fraction: float = 0.01,
 ) -> float:
     """Learning rate of one parameter group while ReID fine-tuning's epoch `epoch` trains.
 
     Two things are as in the official recipe, and easy to miss. The smallest rate and the warm-up's first rate are
-    fractions of `base` for every group, whatever its `lr_factor`. And the cosine counts from epoch 0, so after a
+    0.002 and 0.01 of `base` for every group, whatever its `lr_factor`. And the cosine counts from epoch 0, so after a
     warm-up the rate drops and never reaches `base`.
 
     Args:
@@ -157,8 +155,6 @@ def finetune_learning_rate(
         lr_factor: The group's multiple of `base`, as `finetuning_parameter_groups` stores it.
         total_epochs: Length of the cosine in epochs, the warm-up's included.
         warmup_epochs: Epochs of linear warm-up.
-        min_fraction: Smallest rate as a fraction of `base`.
-        warmup_start_fraction: Rate of epoch 0 as a fraction of `base`, if there is a warm-up.
 
     Returns:
         The learning rate.
@@ -171,7 +167,7 @@ def finetune_learning_rate(
     _check_position("epoch", epoch)
     if not 0 <= warmup_epochs <= total_epochs:
         raise ValueError(f"`warmup_epochs` must lie in [0, total_epochs={total_epochs}]; got {warmup_epochs}.")
-    peak, lowest, start = base * lr_factor, base * min_fraction, base * warmup_start_fraction
+    peak, lowest, start = base * lr_factor, base * 0.002, base * 0.01
     if epoch < warmup_epochs:
         return start + (peak - start) * epoch / warmup_epochs
     if epoch >= total_epochs:

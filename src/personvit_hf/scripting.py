@@ -17,13 +17,13 @@ from typing import Any, TypeVar
 import datasets
 import numpy as np
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import BaseImageProcessor, HfArgumentParser, PreTrainedModel
 
 from .configuration_personvit import PersonViTConfig
 from .embedding import embed_images
+from .files import read_yaml
 from .person_images import split_broken
 from .reid_retrieval.expansion import expand_queries, remove_camera_bias
 from .reid_retrieval.ranking import evaluate_reid
@@ -80,14 +80,8 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         ValueError: if it is not YAML, or not a mapping.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"`--config` {path}: no such file.")
-    try:
-        settings = yaml.safe_load(Path(path).read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not a YAML file: {error}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path}: expected lines `setting: value`, found {type(settings).__name__}.")
-    return settings
+        raise FileNotFoundError(f"{path}: no such file of settings.")
+    return read_yaml(Path(path))
 
 
 def parse_overrides(text: str) -> dict[str, Any]:

@@ -18,7 +18,9 @@ from typing import Any
 import datasets
 import numpy as np
 
-from .embedding import ID_COLUMNS, EmbeddingFolder
+from .embedding import KEPT_ID_COLUMNS, EmbeddingFolder
+from .extras import require
+from .files import read_json
 from .person_images import decode_image, load_person_images
 from .reid_data import SPLITS, load_reid_dataset
 from .visualization import draw_rankings, save_figure
@@ -115,7 +117,7 @@ class FaissIndex:
     def __init__(self, folder: EmbeddingFolder, kind: str):
         if kind not in FAISS_KINDS:
             raise ValueError(f"`kind` must be one of {', '.join(FAISS_KINDS)}, got {kind!r}.")
-        _require("faiss", "search")
+        require("faiss", "search")
         import faiss
 
         self.columns = folder.columns
@@ -130,8 +132,8 @@ class FaissIndex:
         stamp = {"gallery": _gallery_fingerprint(folder), "factory": factory}
         if file.is_file():
             try:
-                found = json.loads(stamp_file.read_text())
-            except (OSError, ValueError):  # missing or damaged
+                found = read_json(stamp_file)
+            except (OSError, ValueError):  # damaged
                 found = None
             if found != stamp:
                 raise ValueError(
@@ -200,7 +202,7 @@ class QdrantIndex:
     """
 
     def __init__(self, client: Any, name: str, folder: EmbeddingFolder):
-        _require("qdrant_client", "qdrant")
+        require("qdrant_client", "qdrant")
         from qdrant_client import models
 
         self.client, self.name, self.columns = client, name, folder.columns
@@ -331,7 +333,7 @@ def open_index(
         return ExactIndex(folder.embeddings, folder.columns)
     if kind != "qdrant":
         return FaissIndex(folder, kind)
-    _require("qdrant_client", "qdrant")
+    require("qdrant_client", "qdrant")
     from qdrant_client import QdrantClient
 
     if not qdrant_url:
@@ -349,7 +351,7 @@ def load_gallery_images(data: str, split: str | None) -> datasets.Dataset:
         ValueError: As there, or if there is no such split.
     """
     if split is None:
-        return load_person_images(data, keep=ID_COLUMNS)
+        return load_person_images(data, keep=KEPT_ID_COLUMNS)
     if split not in SPLITS:
         raise ValueError(f"`split` must be one of {', '.join(SPLITS)}, got {split!r}.")
     return load_reid_dataset(data)[split].cast_column("image", datasets.Image(decode=False))
@@ -436,10 +438,3 @@ def _matching(
 def _require_column(columns: Mapping[str, np.ndarray], column: str) -> None:
     if column not in columns:
         raise ValueError(f"The gallery has no column `{column}` to filter by; it has {', '.join(columns) or 'none'}.")
-
-
-def _require(module: str, extra: str) -> None:
-    try:
-        __import__(module)
-    except ImportError as error:
-        raise ImportError(f"{module} is not installed: pip install 'personvit-hf[{extra}]'.") from error

@@ -99,7 +99,7 @@ def near_duplicates(embeddings: np.ndarray, threshold: float, order: np.ndarray)
         ValueError: The threshold is not in (0, 1].
     """
     if not 0 < threshold <= 1:
-        raise ValueError(f"`near_duplicates` must be a cosine similarity in (0, 1], got {threshold}.")
+        raise ValueError(f"Near-duplicates are told by a cosine similarity in (0, 1], got {threshold}.")
     if len(embeddings) > 1:
         embeddings = embeddings - embeddings.mean(axis=0)
         embeddings /= np.maximum(np.linalg.norm(embeddings, axis=1, keepdims=True), 1e-12)

@@ -22,7 +22,7 @@ from .file_trees import walk_files
 from .person_images import IMAGE_SUFFIXES, resolve_source, selection_settings
 
 PARQUET_SUFFIX = ".parquet"
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+STREAMED_TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
 _URL = re.compile(r"(https?|hf|s3|gs|file)://.+")
 _BRACES = re.compile(r"(.*?)\{(\d+)\.\.(\d+)\}(.*)")
@@ -162,7 +162,7 @@ def load_person_stream(name_or_path: str | Path) -> ShardedImages:
     except Exception as error:  # a missing file, a missing repository, no network, a README of any content
         raise FileNotFoundError(f"{name}: no shards there that can be reached: {error}") from error
     is_parquet = all(file.lower().endswith(PARQUET_SUFFIX) for file in files)
-    if not files or not (is_parquet or all(file.lower().endswith(TAR_SUFFIXES) for file in files)):
+    if not files or not (is_parquet or all(file.lower().endswith(STREAMED_TAR_SUFFIXES) for file in files)):
         raise ValueError(
             f"{name}: expected parquet files, or tar files of WebDataset, in a split train; found "
             f"{Path(files[0]).name if files else 'none'}. `personvit data prepare` makes parquet of folders."
@@ -193,7 +193,7 @@ def _locate(name: str) -> tuple[Path | str, str | None, dict[str, Any]]:
         addresses = _expand_braces(name)
         if addresses[0].lower().endswith(PARQUET_SUFFIX):
             return "parquet", None, {"data_files": {"train": addresses}}
-        if addresses[0].lower().endswith(TAR_SUFFIXES):
+        if addresses[0].lower().endswith(STREAMED_TAR_SUFFIXES):
             return "webdataset", None, {"data_files": {"train": addresses}}
         raise ValueError(f"{name}: an address must end in .parquet or .tar.")
     source = resolve_source(name)
@@ -208,7 +208,7 @@ def _locate(name: str) -> tuple[Path | str, str | None, dict[str, Any]]:
                 f"{name}: an index of `personvit data select` can't be streamed; read it without streaming."
             )
         return "parquet", None, {"data_files": {"train": [literal(source)]}}
-    tars = [file for file in files if file.lower().endswith(TAR_SUFFIXES)]
+    tars = [file for file in files if file.lower().endswith(STREAMED_TAR_SUFFIXES)]
     if not tars:
         raise ValueError(
             f"{name}: no parquet and no tar file in it; `personvit data prepare` makes parquet of folders."

@@ -216,8 +216,3 @@ def load_random_states(accelerator: Accelerator, states: dict[str, torch.Tensor]
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"the states of the random generators can't be used: {error}") from error
     return True
-
-
-def scaler_state(accelerator: Accelerator) -> dict[str, Any] | None:
-    """State of the loss scaler of fp16 training, plain numbers; None without one."""
-    return None if accelerator.scaler is None else accelerator.scaler.state_dict()

@@ -421,10 +421,7 @@ def _write_shard(path: Path, rows: list[dict], told: dict) -> None:
 def _finished(path: Path) -> dict | None:
     """What is told of a chunk that is there, or None if it must be written."""
     try:
-        content = pq.read_metadata(path)
-        if content.num_row_groups and not content.num_rows:  # see `_write_shard`, which once wrote such files
-            return None
-        return json.loads(content.metadata[_METADATA])
+        return json.loads(pq.read_metadata(path).metadata[_METADATA])
     except (OSError, pa.ArrowInvalid, KeyError, TypeError, ValueError):
         return None
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .extras import require
 from .files import written_aside
 from .patches import PatchMatches, PatchTokens
 
@@ -38,7 +39,7 @@ def _small_print(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 
     @functools.wraps(draw)
     def styled(*args, **kwargs):
-        require_matplotlib()
+        require("matplotlib", "show")
         import matplotlib
 
         with matplotlib.rc_context(_STYLE):
@@ -322,6 +323,7 @@ def check_figure_name(file: str | Path) -> None:
 
 
 def _two_dimensions(embeddings: np.ndarray, method: str) -> np.ndarray:
+    require("sklearn", "show")
     if method == "pca":
         from sklearn.decomposition import PCA
 
@@ -339,14 +341,6 @@ def _figure(width: float, height: float) -> Figure:
     figure = Figure((width, height), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02)
     return figure
-
-
-def require_matplotlib() -> None:
-    """Raises ImportError, saying what to install, if matplotlib is missing."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError("matplotlib is not installed: pip install 'personvit-hf[show]'.") from error
 
 
 def _names(names: Sequence[str] | None, number: int) -> Sequence[str]:

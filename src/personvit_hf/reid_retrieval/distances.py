@@ -85,7 +85,7 @@ class EmbeddingDistances:
         # a GPU multiplies with what it holds alone
         together = hasattr(query, "detach") and query.device == getattr(gallery, "device", None)
         on_gpu = (query, gallery) if together else None
-        query, gallery = _host(query), _host(gallery)
+        query, gallery = host_array(query), host_array(gallery)
         query_norms = row_norms(query, "query_embeddings")
         gallery_norms = row_norms(gallery, "gallery_embeddings")
         longest = max(query_norms.max(), gallery_norms.max(), _MIN_NORM)
@@ -202,7 +202,7 @@ class GivenDistances:
                 f"`distances` must have a row per query and a column per gallery entry, {shape}; got {matrix.shape}."
             )
         for start, rows in _in_steps(matrix):
-            broken = np.isnan(_host(rows).min(axis=1))
+            broken = np.isnan(host_array(rows).min(axis=1))
             if broken.any():
                 raise ValueError(f"`distances` holds NaN, first in row {start + int(broken.argmax())}.")
         return cls(matrix)
@@ -212,7 +212,7 @@ class GivenDistances:
         """Smallest and largest finite distance."""
         extremes = []
         for _, rows in _in_steps(self.matrix):
-            finite = _host(rows)[np.isfinite(_host(rows))]
+            finite = host_array(rows)[np.isfinite(host_array(rows))]
             if finite.size:
                 extremes += [finite.min(), finite.max()]
         return (float(min(extremes)), float(max(extremes))) if extremes else (0.0, 0.0)
@@ -231,7 +231,7 @@ class GivenDistances:
 
     def block(self, query_block: Any, gallery_block: Any) -> np.ndarray:
         """(queries, columns), a copy, float32 or float64."""
-        block = _host(query_block[:, gallery_block])
+        block = host_array(query_block[:, gallery_block])
         return np.array(block, dtype=block.dtype if block.dtype in (np.float32, np.float64) else np.float64)
 
     def subset(self, queries: np.ndarray, columns: np.ndarray) -> GivenDistances:
@@ -240,7 +240,7 @@ class GivenDistances:
 
     def exact(self, query: int, columns: np.ndarray) -> np.ndarray:
         """(columns,) distances of one query."""
-        row = _host(self.matrix[query][columns])
+        row = host_array(self.matrix[query][columns])
         return row if row.dtype in (np.float32, np.float64) else row.astype(np.float64)
 
     def exact_block(self, queries: np.ndarray, columns: np.ndarray) -> np.ndarray:
@@ -267,7 +267,7 @@ def row_norms(embeddings: Any, name: str) -> np.ndarray:
     """
     norms = np.empty(len(embeddings))
     for start, rows in _in_steps(embeddings):
-        rows = _host(rows).astype(np.float64)
+        rows = host_array(rows).astype(np.float64)
         norms[start : start + len(rows)] = np.sqrt(np.einsum("nd,nd->n", rows, rows))
     broken = ~np.isfinite(norms)
     if broken.any():
@@ -303,7 +303,8 @@ def _in_steps(matrix: Any) -> Iterator[tuple[int, Any]]:
         yield start, matrix[start : start + step]
 
 
-def _host(values: Any) -> np.ndarray:
+def host_array(values: Any) -> np.ndarray:
+    """An array as it is, a tensor as an array in main memory."""
     return values.cpu().numpy() if hasattr(values, "detach") else values
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .distances import as_array, embedding_array, row_norms
+from .distances import as_array, embedding_array, host_array, row_norms
 
 _BLOCK_ELEMENTS = 2**24
 
@@ -76,5 +76,4 @@ def _unit_rows(values: Any, name: str) -> np.ndarray:
     """A float32 copy with rows of length 1; rows of zeros stay."""
     values = embedding_array(values, name)
     norms = row_norms(values, name)
-    values = values.cpu().numpy() if hasattr(values, "detach") else values
-    return (values / np.maximum(norms, 1e-12)[:, None]).astype(np.float32)
+    return (host_array(values) / np.maximum(norms, 1e-12)[:, None]).astype(np.float32)

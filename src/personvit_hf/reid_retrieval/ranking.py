@@ -1,4 +1,4 @@
-"""Re-identification scored as retrieval: CMC, mAP and mINP under the Market-1501 protocol, with numpy alone."""
+"""Re-identification scored as retrieval: CMC, mAP and mINP under the Market-1501 protocol; numpy, on a GPU torch."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ def evaluate_reid(
     is -1 or 0 is nobody's identity, so it is never valid.
 
     The rank of a true match is the number of kept gallery entries before it: nothing but what is nearer than a
-    query's last true match is looked at again. Products are taken in float32, and where that can't tell which of two
-    entries is nearer, their distances are computed in float64 as `pairwise_distances` does, so the figures are exact
-    and don't depend on `chunk_elements`. Equal distances are ranked by gallery index (`ties="index"`, what a stable
-    argsort gives) or with the true matches last among equals (`ties="pessimistic"`: a model that maps everyone to one
-    point gains nothing from gallery order).
+    query's last true match is looked at again. Products are taken in float32 (on a GPU in float64), and where that
+    can't tell which of two entries is nearer, their distances are computed in float64 as `pairwise_distances` does, so
+    the figures are exact and don't depend on `chunk_elements`. Equal distances are ranked by gallery index
+    (`ties="index"`, what a stable argsort gives) or with the true matches last among equals (`ties="pessimistic"`: a
+    model that maps everyone to one point gains nothing from gallery order).
 
     Args:
         query_embeddings: (queries, dim), floating point, with `gallery_embeddings`; or None with `distances`.

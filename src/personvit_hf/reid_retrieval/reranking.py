@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .distances import embedding_array, row_norms
+from .distances import embedding_array, host_array, row_norms
 
 # Rows and columns of a block of distances (16 MiB in float32; larger ones are slower, being paged in anew each time).
 BLOCK_ROWS = 2048
@@ -117,7 +117,7 @@ def _parts(query: Any, gallery: Any) -> Iterator[tuple[int, np.ndarray]]:
     for first, embeddings in ((0, query), (len(query), gallery)):
         for start in range(0, len(embeddings), BLOCK_ROWS):
             part = embeddings[start : start + BLOCK_ROWS]
-            yield first + start, part.cpu().numpy() if hasattr(part, "detach") else part
+            yield first + start, host_array(part)
 
 
 def _other_side(rows: Any) -> Any:

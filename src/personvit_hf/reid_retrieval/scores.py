@@ -11,7 +11,6 @@ import numpy as np
 # Distances are told apart by this many equal steps of their range when false accepts are counted.
 ROC_BINS = 2**20
 _ROC_PIECE = 2**21
-INTERVAL_FIGURES = ("mAP", "mINP", "rank1", "rank5", "rank10")
 
 
 @dataclass(frozen=True)
