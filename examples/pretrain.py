@@ -68,6 +68,7 @@ from personvit_hf.scripting import (
     parse_overrides,
     require_finite,
     score,
+    warn_long_warmup,
 )
 from personvit_hf.shards import load_person_stream
 from personvit_hf.streaming import PersonStream, skip_batches, stream_loader
@@ -469,6 +470,8 @@ def main() -> None:
     )
     if args.skip_nonfinite_steps and accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError("`skip_nonfinite_steps` is not for DeepSpeed, whose optimizer takes every step.")
+    if accelerator.is_main_process:
+        warn_long_warmup(args.warmup_epochs, args.epochs)
     run = prepare_run(args, accelerator)
     steps = {"total": run.plan.total_steps, "initial": run.progress.step}
     run.model.train()

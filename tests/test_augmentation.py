@@ -77,6 +77,26 @@ def test_resize_is_near_the_antialiased_bicubic_one(height, width, limit):
     assert np.abs(ours - exact).mean() < limit
 
 
+@pytest.mark.parametrize(
+    ("height", "width"), [(230, 64), (230, 80), (320, 60), (400, 32), (256, 64), (384, 63), (60, 130), (2, 900)]
+)
+def test_resize_does_not_alias_what_shrinks_along_one_axis(height, width):
+    """Aliased noise is off by 22 and more."""
+    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    exact = np.array(Image.fromarray(image).resize((64, 128), Image.Resampling.BICUBIC)).astype(int)
+    assert np.abs(resize(image, (128, 64)) - exact).mean() < 12
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "interpolation"),
+    [(128, 64, "CUBIC"), (90, 40, "CUBIC"), (202, 101, "CUBIC"), (203, 102, "AREA"), (300, 130, "AREA")],
+)
+def test_resize_takes_one_step_where_both_axes_change_alike(height, width, interpolation):
+    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    once = cv2.resize(image, (64, 128), interpolation=getattr(cv2, f"INTER_{interpolation}"))
+    np.testing.assert_array_equal(resize(image, (128, 64)), once)
+
+
 @pytest.mark.parametrize("scale", [(0.4, 1.0), (0.05, 0.4)])
 @pytest.mark.parametrize("shape", [(256, 128), (300, 90), (64, 64), (31, 17)])
 def test_crop_geometry_equals_torchvision(scale, shape):

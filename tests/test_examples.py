@@ -266,6 +266,14 @@ def test_settings_of_a_run_give_it_again_and_flags_win(people, pretrained, tmp_p
     assert column(tmp_path / "other", "loss")[0] != column(pretrained, "loss")[0]
 
 
+def test_pretraining_warns_of_a_warmup_that_is_longer_than_the_run(people, tmp_path, caplog):
+    settings = PRETRAIN | {"data": people / "unlabelled", "num_local_crops": 0, "epochs": 1, "warmup_epochs": 2.5}
+    run("pretrain.py", output_dir=tmp_path, **settings)
+    rates = column(tmp_path, "learning_rate")
+    assert rates[-1] == rates.max() == pytest.approx(5e-4 * 8 / 256)
+    assert caplog.text.count("`warmup_epochs` 2.5 is more than `epochs` 1") == 1
+
+
 def test_pretraining_watches_its_teacher(people, pretrained, tmp_path):
     settings = {**PRETRAIN, "data": people / "unlabelled", "watch_steps": 3, "logging_steps": 12}
     run("pretrain.py", output_dir=tmp_path, **settings, report_to="tensorboard", eval_data=people / "market")

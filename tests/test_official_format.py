@@ -6,10 +6,23 @@ import pytest
 import torch
 from golden_fixtures import GOLDEN, assert_same_weights, load_official, tiny_model
 from torch import nn
+from typer.testing import CliRunner
 
-from personvit_hf import PersonViTForPreTraining, PersonViTForReID, PersonViTModel
-from personvit_hf.conversion import convert_with_report
-from personvit_hf.official_format import official_checkpoint, save_official_checkpoint
+from personvit_hf import (
+    PersonViTConfig,
+    PersonViTForPreTraining,
+    PersonViTForReID,
+    PersonViTImageProcessor,
+    PersonViTModel,
+)
+from personvit_hf.cli import app
+from personvit_hf.conversion import convert_checkpoint, convert_with_report
+from personvit_hf.loading import load_embedder
+from personvit_hf.official_format import (
+    convert_to_official,
+    official_checkpoint,
+    save_official_checkpoint,
+)
 
 TARGETS = {PersonViTModel: "backbone", PersonViTForPreTraining: "pretraining", PersonViTForReID: "reid"}
 SETTINGS = [
@@ -70,6 +83,90 @@ def test_official_to_ours_to_official_is_exact(name, target, heads):
         assert set(ours) == set(official)
         for key, value in official.items():
             assert torch.equal(ours[key], value) and ours[key].dtype == value.dtype, key
+
+
+@pytest.mark.parametrize("cls", TARGETS, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("settings", [{}, {"num_part_tokens": 2}, {"patch_stride": 4}], ids=str)
+def test_positions_are_written_for_another_size_as_the_model_interpolates_them(tmp_path, cls, settings):
+    model = tiny_model(cls, **settings).eval()
+    size = tuple(2 * side for side in model.config.image_size)
+    save_official_checkpoint(model, tmp_path / "official.pth", size)
+    stride = {"patch_stride": 4} if "patch_stride" in settings else {}
+    options = {"num_attention_heads": 2, "image_size": list(size), **stride}
+    again, _ = convert_checkpoint(tmp_path / "official.pth", TARGETS[cls], **options)
+    for role in ("personvit", "student")[: 1 + (cls is PersonViTForPreTraining)]:
+        backbones = [getattr(one, role, one).eval() for one in (model, again)]
+        images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            before, after = (backbone(images).last_hidden_state for backbone in backbones)
+        assert torch.equal(before, after)
+    with pytest.raises(ValueError, match="can't be cut"):
+        official_checkpoint(model, (1, 1))
+
+
+def folder_of(tmp_path, size=None, **settings):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 64}
+    config = PersonViTConfig(**sizes | {"patch_size": 8, "image_size": [32, 16], "initializer_range": 0.3} | settings)
+    model = PersonViTForReID(config).eval()
+    nn.init.normal_(model.bottleneck.running_mean)
+    model.save_pretrained(tmp_path / "ours")
+    if size is not None:
+        statistics = {"image_mean": [0.48145466, 0.5, 0.5], "image_std": [0.25, 0.5, 1]}
+        PersonViTImageProcessor(size=size, **statistics).save_pretrained(tmp_path / "ours")
+    return tmp_path / "ours"
+
+
+@pytest.mark.parametrize(
+    ("settings", "options"),
+    [
+        ({}, ""),
+        ({"size": {"height": 64, "width": 16}}, "--image-size 64x16"),
+        ({"patch_stride": 4}, "--patch-stride 4"),
+        ({"num_cameras": 4}, ""),
+        ({"num_cameras": 4, "side_information_scale": 1.5}, "--side-information-scale 1.5"),
+        ({"num_cameras": 1, "num_views": 2}, "--num-cameras 1 --num-views 2"),
+        ({"num_views": 2, "side_information_scale": 1}, "--num-cameras 0 --num-views 2 --side-information-scale 1"),
+        ({"side_information_scale": 1.5}, ""),
+        ({"layer_norm_eps": 1e-2}, "--layer-norm-eps 0.01"),
+    ],
+    ids=str,
+)
+def test_told_options_give_the_same_features(tmp_path, settings, options):
+    folder = folder_of(tmp_path, **{"size": {"height": 32, "width": 16}} | settings)
+    *others, line = convert_to_official(folder, tmp_path / "official.pth")
+    told = line.split("for the way back: ")[1].split()
+    for option in (
+        "--num-attention-heads 4 --image-mean 0.48145466,0.5,0.5 --image-std 0.25,0.5,1 " + options
+    ).split():
+        told.remove(option)
+    assert told in ([], ["--image-size", "32x16"])
+    assert len(others) == 1 + ("64x16" in options)
+    told = line.split("for the way back: ")[1].split()
+    assert CliRunner().invoke(app, ["convert", f"{tmp_path}/official.pth", f"{tmp_path}/again", *told]).exit_code == 0
+    images = torch.randint(256, (3, 3, 40, 20), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    ids = {"camera_ids": "num_cameras", "view_ids": "num_views"}
+    ids = {name: torch.zeros(3, dtype=torch.int64) for name, setting in ids.items() if settings.get(setting)}
+    features = []
+    for where in (folder, tmp_path / "again"):
+        model, processor = load_embedder(where)
+        with torch.no_grad():
+            features.append(model(**processor(images=list(images), return_tensors="pt"), **ids).embeddings)
+    assert torch.equal(*features)
+
+
+def test_without_an_image_processor_the_rest_is_told(tmp_path):
+    folder = folder_of(tmp_path, layer_norm_eps=1e-3, neck_feature="after", hidden_act="relu")
+    _, settings, line = convert_to_official(folder, tmp_path / "official.pth")
+    assert "without an option of convert: hidden_act='relu', neck_feature='after'. Set" in settings
+    assert line.endswith("for the way back: --num-attention-heads 4 --image-size 32x16 --layer-norm-eps 0.001")
+
+
+def test_an_image_processor_without_a_fixed_size_is_refused(tmp_path):
+    folder = folder_of(tmp_path, size={"shortest_edge": 32})
+    with pytest.raises(ValueError, match=r"`height` and `width`, found .*shortest_edge"):
+        convert_to_official(folder, tmp_path / "official.pth")
+    assert not (tmp_path / "official.pth").exists()
 
 
 def test_other_models_are_refused():

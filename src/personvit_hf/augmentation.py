@@ -20,6 +20,7 @@ import torch
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as in PIL and torchvision
 CROP_ATTEMPTS = 10
 ERASING_ATTEMPTS = 10
+MOST_BICUBIC_SHRINKAGE = math.sqrt(2.5)
 DRAWS_PER_CROP = 2 * CROP_ATTEMPTS + 20  # at most: ten rectangles, their place, and fewer than 20 for the colours
 
 # Made once: small numpy calls for each of ten crops would cost as much as the pixels.
@@ -314,10 +315,17 @@ def draw_crop_box(
 def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resize a picture (height, width, 3) to `size` (height, width): bicubic, or area means where it shrinks a lot.
 
-    OpenCV's bicubic takes four samples for each pixel at any scale; beyond a shrinkage of about 1.6 it would alias.
+    OpenCV's bicubic takes four samples for each pixel at any scale; along an axis that shrinks by more than about 1.6
+    it would alias. Where the other axis grows, area means shrink the one and bicubic stretches the other.
     """
-    shrinks = image.shape[0] * image.shape[1] > 2.5 * size[0] * size[1]
-    return cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
+    (rows, columns), (height, width) = image.shape[:2], size
+    if max(rows / height, columns / width) <= MOST_BICUBIC_SHRINKAGE:
+        return cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC)
+    # never to a larger size: INTER_AREA would be bilinear along both axes
+    smaller = cv2.resize(image, (min(columns, width), min(rows, height)), interpolation=cv2.INTER_AREA)
+    if rows >= height and columns >= width:
+        return smaller
+    return cv2.resize(smaller, (width, height), interpolation=cv2.INTER_CUBIC)
 
 
 def adjust_brightness(image: np.ndarray, factor: float) -> np.ndarray:

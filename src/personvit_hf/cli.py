@@ -70,6 +70,7 @@ def convert(
 ) -> None:
     """Convert a checkpoint of PersonViT, iBOT, DINO, TransReID(-SSL), PASS, timm or transformers for AutoModel."""
     from .conversion import convert_with_report, save_conversion
+    from .official_format import convert_to_official
 
     overrides = {
         "num_attention_heads": num_attention_heads,
@@ -86,7 +87,8 @@ def convert(
     if to == "official":
         if overrides or (target, kind) != ("auto", "auto"):
             raise typer.BadParameter("--to official takes no other options: the folder tells all.")
-        _convert_to_official(source, output)
+        for line in convert_to_official(source, output):
+            typer.echo(line)
         return
     if to != "ours":
         raise typer.BadParameter(f"--to should be ours or official, got {to!r}.")
@@ -99,23 +101,6 @@ def convert(
         typer.echo(f"Left out: {shown} ({reason}).")
     for note in conversion.notes:
         typer.echo(f"Note: {note}.")
-
-
-def _convert_to_official(folder: Path, file: Path) -> None:
-    from transformers import AutoImageProcessor
-
-    from .loading import load_own_model
-    from .official_format import save_official_checkpoint
-
-    model = load_own_model(folder)
-    save_official_checkpoint(model, file)
-    typer.echo(f"{type(model).__name__} of {folder} written to {file}.")
-    if (folder / "preprocessor_config.json").is_file():
-        processor = AutoImageProcessor.from_pretrained(folder)
-        size = f"--image-size {processor.size['height']}x{processor.size['width']}"
-        mean, std = (",".join(f"{value:g}" for value in v) for v in (processor.image_mean, processor.image_std))
-        heads = f"--num-attention-heads {model.config.num_attention_heads}"
-        typer.echo(f"Not told by it; for the way back: {heads} {size} --image-mean {mean} --image-std {std}")
 
 
 @app.command()

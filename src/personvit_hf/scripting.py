@@ -168,6 +168,17 @@ class MetricsLog:
         self.accelerator.log(figures, step=step)
 
 
+def warn_long_warmup(warmup_epochs: float, epochs: int) -> None:
+    """Warns of a warm-up that is longer than the run, which pre-training then cuts to the run's length."""
+    if warmup_epochs > epochs:
+        logger.warning(
+            "`warmup_epochs` %g is more than `epochs` %d: the learning rate rises to its peak at the last step, and "
+            "never falls. Lower `warmup_epochs`.",
+            warmup_epochs,
+            epochs,
+        )
+
+
 def require_finite(step: int, output_dir: str | Path, **losses: float) -> None:
     """Stops a run whose loss is no number before anything is saved from it.
 

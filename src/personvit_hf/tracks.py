@@ -210,7 +210,7 @@ def link_boxes(boxes: Boxes, min_iou: float = 0.5, max_gap: int = 5) -> np.ndarr
     Args:
         boxes: Of one video. Boxes that come with a track id keep it, if all of them do.
         min_iou: Least intersection over union with the last box.
-        max_gap: A track ends when it isn't seen for more frames than this.
+        max_gap: Most frames from a track's last box to its next: it ends when it isn't seen in so many in a row.
 
     Returns:
         int64 (boxes,), from 0 in the order in which tracks begin (or of the ids that came with the boxes).

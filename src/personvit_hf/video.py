@@ -29,7 +29,7 @@ from .files import written_aside
 from .tracks import Boxes, CropRules, link_boxes, read_boxes, reasons_against, sharpness
 
 CHUNK_FRAMES = 500
-MAX_GAP = 5  # frames looked at, after which a track that isn't seen ends
+MAX_GAP = 5  # a track that isn't seen in so many of the frames looked at, one after the other, ends
 DETECTOR_SCORE = 0.5
 DETECTOR_BATCH = 4
 # A head is about a seventh of a standing person, but boxes have margins, and people bend.

@@ -479,6 +479,22 @@ def test_false_positive_rates_where_all_distances_are_equal():
     np.testing.assert_array_equal(found["true_positive_rates"], [0, 1])
 
 
+@pytest.mark.parametrize(
+    ("distances", "rates"),
+    [
+        ([[1, np.inf, np.inf], [np.inf, 1, np.inf]], [1, 1]),
+        ([[np.inf, 1, 1], [1, np.inf, 1]], [0, 1]),
+        ([[-np.inf, np.inf, np.inf], [np.inf, -np.inf, np.inf]], [1, 1]),
+        (np.full((2, 3), np.inf), [0, 1]),
+    ],
+)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_false_positive_rates_where_distances_are_infinite_or_equal(distances, rates, dtype):
+    case = {"query_person_ids": [1, 2], "gallery_person_ids": [1, 2, 3], "protocol": "any_camera"}
+    found = evaluate_reid(distances=np.array(distances, dtype), **case, false_positive_rates=[0.0, 1.0])
+    np.testing.assert_array_equal(found["true_positive_rates"], rates)
+
+
 def test_bootstrap_draws_identities():
     case = clustered(4, queries=200, gallery=400, noise=2.0)
     figures = evaluate_reid(**case, bootstrap=2000)

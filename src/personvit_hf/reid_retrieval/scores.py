@@ -142,7 +142,8 @@ class RocCounts:
 
     def __init__(self, limits: tuple[float, float]):
         self.low, high = limits
-        self.bins_per_unit = ROC_BINS / (high - self.low) if high > self.low else 0.0
+        # also where all finite distances are equal not 0, which makes NaN of infinities
+        self.bins_per_unit = ROC_BINS / (high - self.low or 1.0)
         self.matches = np.zeros(ROC_BINS, np.int64)
         self.others = np.zeros(ROC_BINS, np.int64)
 
