@@ -1,5 +1,6 @@
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,30 @@ def test_a_compressed_index_finds_most(tmp_path):
     assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(indices, expected, strict=True)]) > 0.8
     found = np.einsum("qkd,qd->qk", folder.embeddings[indices], queries)
     np.testing.assert_allclose(similarities, found, rtol=0, atol=1e-6)  # not those of the compressed vectors
+
+
+def test_a_compressed_index_finds_most_in_a_narrow_cone(tmp_path):
+    """As fine-tuned models make features: cosines of any two are all but 1."""
+    rng = np.random.default_rng(0)
+    rows = unit_rows(rng, 1, 64) + 0.04 * unit_rows(rng, 1050, 64)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    queries, rows = rows[:50], rows[50:]
+    assert (queries @ rows.T).mean() > 0.998
+    folder = replace(gallery_folder(tmp_path, size=1000), embeddings=rows)
+    indices, _ = make_index("ivfpq", folder).search(queries, 10)
+    expected = plain_search(folder, queries, 10, np.ones(1000, bool))
+    assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(indices, expected, strict=True)]) > 0.8
+
+
+def test_a_compressed_index_of_inner_products_is_refused(tmp_path):
+    folder = gallery_folder(tmp_path)
+    make_index("ivfpq", folder)
+    stamp = tmp_path / "index-ivfpq.json"
+    told = json.loads(stamp.read_text())
+    del told["metric"]  # as it was before
+    stamp.write_text(json.dumps(told))
+    with pytest.raises(ValueError, match=r"index-ivfpq\.faiss.*of another kind.*Remove it to build it anew"):
+        make_index("ivfpq", folder)
 
 
 def test_a_compressed_index_of_few(tmp_path):

@@ -128,6 +128,12 @@ class FaissIndex:
         parts = self.width // next(part for part in (4, 2, 1) if self.width % part == 0)  # 4 bits each
         factory = FAISS_KINDS[kind].format(cells=cells, parts=parts)
         stamp = {"gallery": _gallery_fingerprint(folder), "factory": factory}
+        metric = faiss.METRIC_INNER_PRODUCT
+        if kind == "ivfpq":
+            # The same order for rows of length 1. Inner products of features in a narrow cone are all but the same:
+            # 8-bit tables of them would tell nothing. Distances are told, wherever the cone is.
+            metric = faiss.METRIC_L2
+            stamp["metric"] = "L2"
         if file.is_file():
             try:
                 found = json.loads(stamp_file.read_text())
@@ -147,7 +153,7 @@ class FaissIndex:
                 "vectors",
                 string_factory=factory,
                 batch_size=2**16,  # its threads share a batch
-                metric_type=faiss.METRIC_INNER_PRODUCT,
+                metric_type=metric,
                 train_size=min(self.size, 64 * cells) if kind == "ivfpq" else None,
             )
             self.rows.save_faiss_index("vectors", str(file))
