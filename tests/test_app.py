@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from app_server import DATA, small_checkpoint
 from PIL import Image
+from pyarrow import Table, parquet
 
 from personvit_hf.embedding import write_embeddings
 from personvit_hf.person_images import load_person_images
@@ -246,6 +247,14 @@ def test_sources_that_are_not_there_are_told_at_the_start(finder, tmp_path):
         PersonFinder({"m": str(tmp_path / "nowhere")}, {"g": DATA})
     with pytest.raises(FileNotFoundError, match="nowhere"):
         PersonFinder(model, {"g": str(tmp_path / "nowhere")})
+
+
+def test_captions_tell_the_ids_that_there_are(finder, pictures, tmp_path):
+    images = [{"bytes": (pictures / f"{i:02}.png").read_bytes(), "path": None} for i in range(3)]
+    table = Table.from_pydict({"image": images, "camera_id": [0, 0, 1], "track_id": [7.0, float("nan"), None]})
+    parquet.write_table(table, tmp_path / "gallery.parquet")
+    tracked = PersonFinder({"one": finder.models["one"].path}, {"tracked": str(tmp_path / "gallery.parquet")})
+    assert tracked._gallery("one", "tracked").names == ["camera 0\ntrack 7", "camera 0", "camera 1"]
 
 
 def test_a_gallery_of_broken_pictures_is_told(finder, tmp_path):

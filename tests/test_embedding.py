@@ -297,6 +297,42 @@ def test_names_are_compared_without_reading_the_images(model, paths, tmp_path):
     read_embeddings(tmp_path).require_images(emptied)
 
 
+ODD_IDS = {
+    "none in the first shard": ([None] * 4 + [3, None, 5], [None] * 4 + [3, None, 5]),
+    "none at all": ([None] * 7, [None] * 7),
+    "NaN": ([1.0, float("nan"), 2.0, 3.0, float("nan"), 5.0, 6.0], [1, None, 2, 3, None, 5, 6]),
+    "whole floats": ([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0], [1, 2, 3, 4, 5, 6, 7]),
+    "strings": (["a", None, "b", "c", None, None, "d"], ["a", None, "b", "c", None, None, "d"]),
+}
+
+
+@pytest.mark.parametrize(("stored", "read"), ODD_IDS.values(), ids=ODD_IDS)
+def test_images_without_ids(model, labelled, tmp_path, stored, read):
+    parquet.write_table(Table.from_pydict({"track_id": stored}), tmp_path / "tracks.parquet")
+    column = datasets.Dataset.from_parquet(str(tmp_path / "tracks.parquet"), cache_dir=tmp_path / "cache")
+    rows = datasets.concatenate_datasets([labelled, column], axis=1)
+    out = tmp_path / "out"
+    assert write_embeddings(model, PROCESSOR, rows, out, SOURCE, shard_images=2) == 4
+    folder = read_embeddings(out)
+    found = folder.columns["track_id"].tolist()
+    assert found == read and [type(value) for value in found] == [type(value) for value in read]
+    (out / "shard-00003.safetensors").unlink()
+    assert write_embeddings(model, PROCESSOR, rows, out, SOURCE, shard_images=2) == 1  # nothing has changed
+
+
+def test_shards_that_tell_no_type_of_ids_are_read(model, labelled, tmp_path):
+    """As they were written when a shard's images had no ids; NaN stood in them, too."""
+    write_embeddings(model, PROCESSOR, labelled, tmp_path, SOURCE, shard_images=2)
+    written = {0: [None, None], 1: [4.0, float("nan")], 2: [6, 7], 3: [8]}
+    for shard, tracks in written.items():
+        file = tmp_path / f"shard-{shard:05d}.parquet"
+        parquet.write_table(parquet.read_table(file).append_column("track_id", [tracks]), file)
+    assert read_embeddings(tmp_path).columns["track_id"].tolist() == [None, None, 4, None, 6, 7, 8]
+    parquet.write_table(parquet.read_table(file).drop("track_id").append_column("track_id", [["a"]]), file)
+    with pytest.raises(ValueError, match="ids of its shards differ in type.*Embed it again"):
+        read_embeddings(tmp_path)
+
+
 def test_processes_share_the_shards(model, labelled, embeddings, tmp_path):
     parts = [write_embeddings(model, PROCESSOR, labelled, tmp_path, SOURCE, 2, index, 3) for index in range(3)]
     assert parts == [2, 1, 1]

@@ -196,6 +196,34 @@ def test_a_collection_of_another_model_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["exact", "flat", QDRANT])
+def test_images_without_ids_are_filtered_too(kind, tmp_path):
+    folder = gallery_folder(tmp_path, size=6)
+    folder = replace(folder, columns={"track_id": np.array([None, 5, 4, 5, None, 4], object)})
+    index = make_index(kind, folder)
+
+    def found(where, exclude):
+        return {row for row in index.search(folder.embeddings[:1], 6, where, exclude)[0][0].tolist() if row >= 0}
+
+    assert found({"track_id": [5]}, {}) == {1, 3}
+    assert found({}, {"track_id": [5]}) == {0, 2, 4, 5}
+    assert found({"track_id": np.array([4, 5])}, {}) == {1, 2, 3, 5}
+
+
+@pytest.mark.parametrize("kind", ["exact", "flat", QDRANT])
+def test_values_of_another_kind_than_the_ids_are_refused(kind, tmp_path):
+    folder = gallery_folder(tmp_path, size=4)
+    columns = {"camera_id": np.array([None, "0", "1", "1"], object), "track_id": np.arange(4)}
+    index = make_index(kind, replace(folder, columns=columns))
+    told = "`camera_id` of the gallery holds str, such as '0'.*filtered by 1, which is int"
+    for where, exclude in (({"camera_id": [1]}, {}), ({}, {"camera_id": np.array([1])})):
+        with pytest.raises(ValueError, match=told):
+            index.search(folder.embeddings[:1], 4, where, exclude)
+    with pytest.raises(ValueError, match="`track_id` .* holds int, such as 0.*'1', which is str"):
+        index.search(folder.embeddings[:1], 4, {"track_id": ["1"]})
+    assert set(index.search(folder.embeddings[:1], 4, {}, {"camera_id": ["1"]})[0][0].tolist()) == {0, 1, -1}
+
+
+@pytest.mark.parametrize("kind", ["exact", "flat", QDRANT])
 def test_bad_searches(kind, tmp_path):
     index = make_index(kind, gallery_folder(tmp_path))
     queries = unit_rows(np.random.default_rng(0), 2)

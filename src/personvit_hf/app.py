@@ -31,7 +31,7 @@ from .app_page import (
     results_html,
     thumbnail,
 )
-from .embedding import ID_COLUMNS, embed_images, model_fingerprint, read_embeddings
+from .embedding import ID_COLUMNS, embed_images, id_columns, model_fingerprint, read_embeddings
 from .loading import load_embedder, read_config
 from .patches import PatchTokens, cluster_parts, match_patches, patch_tokens
 from .person_images import BrokenImage, PersonImages, resolve_source
@@ -362,12 +362,14 @@ def _labelled(source: str, split: str) -> datasets.Dataset | None:
 
 
 def _columns(pictures: datasets.Dataset) -> dict[str, np.ndarray]:
-    return {name: np.array(pictures[name]) for name in ID_COLUMNS if name in pictures.column_names}
+    names = [name for name in ID_COLUMNS if name in pictures.column_names]
+    return id_columns(pictures.select_columns(names).with_format("arrow")[:]) if names else {}
 
 
 def _caption(columns: Mapping[str, np.ndarray], row: int, separator: str = "\n") -> str:
     """Who it is and where, as far as it is known."""
-    return separator.join(f"{name.removesuffix('_id')} {values[row]}" for name, values in columns.items())
+    known = {name: values[row] for name, values in columns.items() if values[row] is not None}
+    return separator.join(f"{name.removesuffix('_id')} {value}" for name, value in known.items())
 
 
 def _gradio() -> Any:

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 from PIL import Image
-from pyarrow import ArrowInvalid, Table, concat_tables, int64, parquet, string
+from pyarrow import ArrowException, ArrowInvalid, Table, concat_tables, int64, parquet, string, types
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch.utils.data import DataLoader
@@ -162,7 +162,7 @@ class EmbeddingFolder:
         embeddings: float32 (images, dim), rows of length 1.
         rows: int64 (images,), which row of the data each is; broken images are left out.
         names: (images,) file names, or row numbers where the images have none.
-        columns: person_id, camera_id, track_id of each image, those that the data have.
+        columns: person_id, camera_id, track_id of each image, those that the data have; as `id_columns` gives them.
     """
 
     path: Path
@@ -320,11 +320,15 @@ def read_embeddings(folder: str | os.PathLike) -> EmbeddingFolder:
         tables.append(_read_table(file, rows))
         if vectors[-1].shape != (len(tables[-1]), settings["hidden_size"]):
             raise ValueError(f"{file}: doesn't fit its .parquet file or {SETTINGS_FILE}. Remove it and embed again.")
-    embeddings, table = np.concatenate(vectors), concat_tables(tables)
+    embeddings = np.concatenate(vectors)
+    try:
+        table = concat_tables(tables, promote_options="permissive")  # older shards without any id tell no type
+    except ArrowException as error:
+        raise ValueError(f"{folder}: the ids of its shards differ in type ({error}). Embed it again.") from error
     if not np.isfinite(embeddings).all():
         raise ValueError(f"{folder}: its embeddings hold NaN or infinity. Remove its shards and embed again.")
-    columns = {name: table[name].to_numpy() for name in ID_COLUMNS if name in table.column_names}
-    return EmbeddingFolder(folder, settings, embeddings, table["row"].to_numpy(), table["name"].to_pylist(), columns)
+    rows, names = table["row"].to_numpy(), table["name"].to_pylist()
+    return EmbeddingFolder(folder, settings, embeddings, rows, names, id_columns(table))
 
 
 def _shards(folder: Path, num_images: int, shard_images: int) -> Iterator[tuple[Path, range]]:
@@ -337,10 +341,41 @@ def _describe(rows: datasets.Dataset, first: int) -> Table:
     """Row number, name and ids of some images, whose bytes are not read."""
     columns = [column for column in ID_COLUMNS if column in rows.column_names]
     plain = rows.select_columns(["image", *columns]).cast_column("image", datasets.Image(decode=False)).flatten()
-    plain = plain.select_columns(["image.path", *columns]).with_format(None)
-    names = [path or f"row {first + i}" for i, path in enumerate(plain["image.path"][:])]
-    ids = {column: plain[column][:] for column in columns}
-    return Table.from_pydict({"row": range(first, first + len(rows)), "name": names, **ids})
+    plain = plain.select_columns(["image.path", *columns]).with_format("arrow")[:]
+    names = [path or f"row {first + i}" for i, path in enumerate(plain["image.path"].to_pylist())]
+    # of the data's own types, which a shard with no id in it wouldn't tell
+    ids = {column: plain[column] for column in columns}
+    return _without_nan(Table.from_pydict({"row": range(first, first + len(rows)), "name": names, **ids}))
+
+
+def _without_nan(table: Table) -> Table:
+    """NaN stands for no id, and isn't equal to itself: null in its place."""
+    for place, field in enumerate(table.schema):
+        if types.is_floating(field.type):
+            column = table[field.name]
+            table = table.set_column(place, field.name, pc.if_else(pc.is_nan(column), None, column))
+    return table
+
+
+def id_columns(table: Table) -> dict[str, np.ndarray]:
+    """The ids of images by column: whole numbers as integers, however they are stored.
+
+    Args:
+        table: With those of the columns person_id, camera_id and track_id that there are.
+
+    Returns:
+        {column: (images,)}; of dtype object for strings, and with None where rows have no id (null, NaN).
+    """
+    table, ids = _without_nan(table), {}
+    for name in [name for name in ID_COLUMNS if name in table.column_names]:
+        column = table[name]
+        if types.is_floating(column.type):  # as pandas keeps whole numbers with gaps
+            try:
+                column = column.cast(int64())
+            except ArrowInvalid:
+                pass  # fractions
+        ids[name] = np.array(column.to_pylist(), object) if column.null_count else column.to_numpy()
+    return ids
 
 
 def _read_table(file: Path, rows: range) -> Table:
@@ -349,11 +384,11 @@ def _read_table(file: Path, rows: range) -> Table:
         table = parquet.read_table(file.with_suffix(".parquet"))
     except (OSError, ArrowInvalid) as error:
         raise ValueError(f"{file}: its .parquet file can't be read ({error}). Remove it and embed again.") from error
-    types = dict(zip(table.schema.names, table.schema.types, strict=True))
-    good = (types.get("row"), types.get("name")) == (int64(), string())
+    kinds = dict(zip(table.schema.names, table.schema.types, strict=True))
+    good = (kinds.get("row"), kinds.get("name")) == (int64(), string())
     if not good or not all(row in rows for row in table["row"].to_pylist()):
         raise ValueError(f"{file}: its .parquet file doesn't fit {SETTINGS_FILE}. Remove it and embed again.")
-    return table
+    return _without_nan(table)
 
 
 def _first_change(then: Table, now: Table) -> str | None:

@@ -63,7 +63,8 @@ class ExactIndex:
             more; and float32 (queries, k) cosine similarities, NaN there.
 
         Raises:
-            ValueError: A filter names a column that there is not, the widths differ, or k is below 1.
+            ValueError: A filter names a column that there is not or values of another kind than it holds, the widths
+                differ, or k is below 1.
         """
         k = _checked_k(k, queries, *self.embeddings.shape)
         kept = _matching(self.columns, len(self.embeddings), where, exclude)
@@ -232,14 +233,17 @@ class QdrantIndex:
         """Upserts the images from `first` on."""
         from qdrant_client import models
 
-        for column, values in {**self.columns, "gallery": np.array("")}.items():  # strict servers filter by no others
-            integers = values.dtype.kind in "iu"
+        for column in (*self.columns, "gallery"):  # strict servers filter by no others
+            integers = column in self.columns and isinstance(_example(self.columns[column]), int)
             kind = models.PayloadSchemaType.INTEGER if integers else models.PayloadSchemaType.KEYWORD
             self.client.create_payload_index(self.name, column, kind)
         columns = {column: values.tolist() for column, values in self.columns.items()}
         for start in range(first, len(embeddings), self.batch):  # not in one call: in memory it makes lists of all
             ids = range(start, min(start + self.batch, len(embeddings)))
-            payloads = [{"gallery": gallery, **{column: values[i] for column, values in columns.items()}} for i in ids]
+            payloads = [
+                {"gallery": gallery} | {name: values[i] for name, values in columns.items() if values[i] is not None}
+                for i in ids
+            ]
             vectors = embeddings[ids.start : ids.stop]
             self.client.upload_collection(
                 self.name, vectors, payloads, ids, batch_size=self.batch, max_retries=3, wait=True
@@ -259,10 +263,8 @@ class QdrantIndex:
         k = _checked_k(k, queries, self.size, self.width)
 
         def conditions(wanted: Filter | None) -> list:
-            for column in wanted or {}:
-                _require_column(self.columns, column)
             return [
-                models.FieldCondition(key=column, match=models.MatchAny(any=np.asarray(values).tolist()))
+                models.FieldCondition(key=column, match=models.MatchAny(any=_wanted(self.columns, column, values)))
                 for column, values in (wanted or {}).items()
             ]
 
@@ -434,14 +436,30 @@ def _matching(
     kept = np.ones(size, bool)
     for wanted, filters in ((True, where), (False, exclude)):
         for column, values in (filters or {}).items():
-            _require_column(columns, column)
-            kept &= np.isin(columns[column], list(values)) == wanted
+            values = _wanted(columns, column, values)
+            kept &= np.isin(columns[column], values) == wanted
     return np.flatnonzero(kept)
 
 
-def _require_column(columns: Mapping[str, np.ndarray], column: str) -> None:
+def _wanted(columns: Mapping[str, np.ndarray], column: str, values: Sequence[Any]) -> list[Any]:
+    """A filter's values, once it is known that the column can hold them: a string is equal to no number."""
     if column not in columns:
         raise ValueError(f"The gallery has no column `{column}` to filter by; it has {', '.join(columns) or 'none'}.")
+    values = [value.item() if isinstance(value, np.generic) else value for value in values]
+    held = _example(columns[column])
+    for value in values:
+        if held is not None and isinstance(value, str) != isinstance(held, str):
+            raise ValueError(
+                f"`{column}` of the gallery holds {type(held).__name__}, such as {held!r}: it can't be filtered by "
+                f"{value!r}, which is {type(value).__name__}."
+            )
+    return values
+
+
+def _example(ids: np.ndarray) -> Any:
+    """An id that is there, which tells of which kind they are; None if there is none."""
+    found = next((value for value in ids if value is not None), None)
+    return found.item() if isinstance(found, np.generic) else found
 
 
 def _require(module: str, extra: str) -> None:
