@@ -414,6 +414,25 @@ def test_bad_settings_leave_nothing_behind(model, labelled, tmp_path, options, m
     write_embeddings(model, PROCESSOR, labelled, tmp_path / "out", SOURCE)
 
 
+def test_a_folder_may_be_read_by_those_who_may_read_other_files(model, labelled, tmp_path, monkeypatch):
+    write_embeddings(model, PROCESSOR, labelled, tmp_path, SOURCE)
+    (tmp_path / "any").touch()
+    assert {file.stat().st_mode for file in tmp_path.iterdir()} == {(tmp_path / "any").stat().st_mode}
+    monkeypatch.setattr("os.access", lambda path, mode: path.suffix != ".safetensors")  # tests may run as root
+    with pytest.raises(PermissionError, match=r"shard-00000\.safetensors may not be read.*ask its owner"):
+        read_embeddings(tmp_path)
+
+
+def test_a_file_that_may_not_be_read_is_not_damaged(model, labelled, tmp_path, monkeypatch):
+    def refuse(file):
+        raise PermissionError(13, "Permission denied", str(file))
+
+    write_embeddings(model, PROCESSOR, labelled, tmp_path, SOURCE)
+    monkeypatch.setattr(parquet, "read_table", refuse)
+    with pytest.raises(PermissionError, match="shard-00000.parquet"):
+        read_embeddings(tmp_path)
+
+
 def test_shards_without_settings_are_not_taken_over(model, labelled, tmp_path):
     write_embeddings(model, PROCESSOR, labelled, tmp_path, SOURCE)
     (tmp_path / "embeddings.json").unlink()

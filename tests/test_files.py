@@ -1,6 +1,8 @@
 import os
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from personvit_hf.files import (
     MANIFEST,
@@ -49,6 +51,18 @@ def test_what_exists_is_replaced_only_when_asked(tmp_path):
     write_folder(tmp_path / "out", ["a", "b"], overwrite=True)
     assert (tmp_path / "out" / "a").read_text() == "new"
     assert os.listdir(tmp_path) == ["out"]
+
+
+def test_what_was_written_for_its_owner_alone_has_the_mode_of_any_file(tmp_path):
+    (tmp_path / "any").touch()
+    with written_aside(tmp_path / "model") as aside:
+        aside.mkdir()
+        save_file({"a": np.zeros(2)}, aside / "model.safetensors")  # safetensors 0.8 is such a writer
+        (aside / "private").touch(0o600)
+    with written_aside(tmp_path / "one.safetensors") as aside:
+        save_file({"a": np.zeros(2)}, aside)
+    modes = {path.stat().st_mode for path in tmp_path.rglob("*") if path.is_file()}
+    assert modes == {(tmp_path / "any").stat().st_mode}
 
 
 def test_an_empty_folder_may_be_filled(tmp_path, monkeypatch):

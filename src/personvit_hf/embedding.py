@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, PreTrainedModel
 
+from .files import follow_umask
 from .person_images import BrokenImage, BrokenImageBudget, PersonImages, decode_image, rgb_pixels, split_broken
 
 SHARD_IMAGES = 4096
@@ -305,7 +306,8 @@ def read_embeddings(folder: str | os.PathLike) -> EmbeddingFolder:
 
     Raises:
         FileNotFoundError: There is no such folder, or it holds no embeddings.
-        ValueError: Shards are missing or don't fit each other.
+        PermissionError: A file of it may not be read.
+        ValueError: Shards are missing, damaged or don't fit each other.
     """
     folder = Path(folder)
     settings = _read_settings(folder)
@@ -313,9 +315,11 @@ def read_embeddings(folder: str | os.PathLike) -> EmbeddingFolder:
     for file, rows in _shards(folder, settings["num_images"], settings["shard_images"]):
         if not file.is_file():
             raise ValueError(f"{folder}: {file.name} is missing; run `personvit embed` again, it goes on from there.")
+        if not os.access(file, os.R_OK):  # safetensors would say that there is no such file
+            raise PermissionError(f"{file} may not be read by this user: ask its owner for the permission.")
         try:
             vectors.append(load_file(file)["embeddings"])
-        except (SafetensorError, KeyError, OSError) as error:
+        except (SafetensorError, KeyError) as error:
             raise ValueError(f"{file}: can't be read ({error}). Remove it and run `personvit embed` again.") from error
         tables.append(_read_table(file, rows))
         if vectors[-1].shape != (len(tables[-1]), settings["hidden_size"]):
@@ -382,6 +386,8 @@ def _read_table(file: Path, rows: range) -> Table:
     """What `_describe` told of a shard; `file` is the one with the vectors, `rows` those that may be in it."""
     try:
         table = parquet.read_table(file.with_suffix(".parquet"))
+    except PermissionError:
+        raise
     except (OSError, ArrowInvalid) as error:
         raise ValueError(f"{file}: its .parquet file can't be read ({error}). Remove it and embed again.") from error
     kinds = dict(zip(table.schema.names, table.schema.types, strict=True))
@@ -447,6 +453,7 @@ def _complete_file(file: Path) -> Iterator[Path]:
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     try:
         yield partial
+        follow_umask(partial)
         os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)

@@ -36,6 +36,7 @@ def written_aside(output: Path, overwrite: bool = False) -> Iterator[Path]:
     try:
         new = work / output.name
         yield new
+        follow_umask(new)
         _check_replaceable(output, new)
         if new.is_file() or not output.exists():
             new.replace(output)
@@ -48,6 +49,15 @@ def written_aside(output: Path, overwrite: bool = False) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(work)
+
+
+def follow_umask(path: Path) -> None:
+    """Gives a file, or all files in a folder, the mode of any new file: safetensors writes for its owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in (path, *path.rglob("*")):
+        if file.is_file():
+            file.chmod(0o666 & ~mask)
 
 
 def require_writable(file: Path) -> None:
