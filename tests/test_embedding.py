@@ -433,6 +433,22 @@ def test_a_file_that_may_not_be_read_is_not_damaged(model, labelled, tmp_path, m
         read_embeddings(tmp_path)
 
 
+def test_a_folder_that_can_not_be_written_is_told_before_the_work(model, labelled, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("personvit_hf.embedding.embed_images", None)
+    with pytest.raises(NotADirectoryError, match=r"file/g can't be a folder, as .*file is none"):
+        write_embeddings(model, PROCESSOR, labelled, tmp_path / "file" / "g", SOURCE)
+
+
+@pytest.mark.parametrize("name", ["cam:3", "o::x", "s3://bucket", "a b?*[1]"])
+def test_names_of_folders_are_no_addresses(model, labelled, embeddings, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    write_embeddings(model, PROCESSOR, labelled, name, SOURCE, shard_images=4)
+    (tmp_path / name / "shard-00001.safetensors").unlink()
+    assert write_embeddings(model, PROCESSOR, labelled, Path(name), SOURCE, shard_images=4) == 1
+    assert_same(read_embeddings(name).embeddings, embeddings)
+
+
 def test_shards_without_settings_are_not_taken_over(model, labelled, tmp_path):
     write_embeddings(model, PROCESSOR, labelled, tmp_path, SOURCE)
     (tmp_path / "embeddings.json").unlink()

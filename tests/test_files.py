@@ -10,6 +10,7 @@ from personvit_hf.files import (
     flush_to_disk,
     rename_durably,
     require_writable,
+    require_writable_folder,
     write_manifest,
     written_aside,
 )
@@ -149,6 +150,20 @@ def test_flushed_and_renamed(listed):
     flush_to_disk(listed)
     rename_durably(listed / "folder", listed / "other")
     assert (listed / "other" / "file").read_text() == "x"
+
+
+def test_a_folder_that_can_not_be_written_is_told_before(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("file", "file/inside", "link/inside"):
+        with pytest.raises(NotADirectoryError, match=f"can't be a folder, as .*{name[:4]} is none"):
+            require_writable_folder(tmp_path / name)
+    require_writable_folder(tmp_path)
+    require_writable_folder(tmp_path / "a" / "b")
+    assert sorted(os.listdir(tmp_path)) == ["file", "link"]
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # tests may run as root, who may write everywhere
+    with pytest.raises(PermissionError, match=f"b can't be written, as {tmp_path} may not"):
+        require_writable_folder(tmp_path / "a" / "b")
 
 
 def test_a_file_that_can_not_be_written_is_told_before(tmp_path, monkeypatch):

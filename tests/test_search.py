@@ -175,6 +175,13 @@ def test_an_index_is_kept_and_one_of_another_model_is_refused(tmp_path):
         FaissIndex(folder, "flat")
 
 
+def test_an_index_is_written_nowhere_else(tmp_path):
+    pytest.importorskip("faiss")
+    with pytest.raises(ValueError, match=r'o::x/index-flat\.faiss: there can be no index.*"exact"'):
+        FaissIndex(gallery_folder(tmp_path / "o::x"), "flat")
+    assert [path.name for path in tmp_path.rglob("*")] == ["o::x"]
+
+
 def test_an_index_of_as_many_other_images_is_refused(tmp_path):
     pytest.importorskip("faiss")
     FaissIndex(gallery_folder(tmp_path), "flat")

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from .files import follow_umask
+from .files import follow_umask, require_writable_folder
 from .person_images import BrokenImage, BrokenImageBudget, PersonImages, decode_image, rgb_pixels, split_broken
 
 SHARD_IMAGES = 4096
@@ -253,8 +253,9 @@ def write_embeddings(
         ValueError: The folder holds embeddings of another model, revision or data set, or the data have changed since;
             or as in `embed_images`. Nothing is written unless the first shard succeeds.
         RuntimeError: As in `embed_images`.
+        OSError: The folder can't be written; nothing has been embedded then.
     """
-    folder = Path(folder)
+    folder = Path(os.path.abspath(folder))  # pyarrow takes a relative cam:3 for an address
     if shard_images < 1:
         raise ValueError(f"`shard_images` must be at least 1, got {shard_images}.")
     missing = {"model", "data", "split"} - source.keys()
@@ -284,6 +285,8 @@ def write_embeddings(
             )
     if model.config.num_cameras:
         logger.warning("The model knows cameras, but isn't told them here: queries of a search come from any camera.")
+    if len(there) < len(shards):
+        require_writable_folder(folder)
     made = 0
     for vectors_file, rows in shards[process_index::num_processes]:
         if vectors_file.is_file():
@@ -309,7 +312,7 @@ def read_embeddings(folder: str | os.PathLike) -> EmbeddingFolder:
         PermissionError: A file of it may not be read.
         ValueError: Shards are missing, damaged or don't fit each other.
     """
-    folder = Path(folder)
+    folder = Path(os.path.abspath(folder))  # as in `write_embeddings`
     settings = _read_settings(folder)
     vectors, tables = [], []
     for file, rows in _shards(folder, settings["num_images"], settings["shard_images"]):

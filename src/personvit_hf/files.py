@@ -76,6 +76,19 @@ def require_writable(file: Path) -> None:
         raise PermissionError(f"{file} may not be written: choose another name.")
 
 
+def require_writable_folder(folder: Path) -> None:
+    """Says before long work why nothing could be written to a folder that may not be there yet; makes nothing.
+
+    Raises:
+        OSError: if a file is in its way, or it may not be made or written to.
+    """
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise NotADirectoryError(f"{folder} can't be a folder, as {there} is none: choose another name.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"{folder} can't be written, as {there} may not be written to: choose another name.")
+
+
 def _check_replaceable(output: Path, new: Path) -> None:
     """Raises a FileExistsError if what it holds would be lost."""
     if not output.exists():

@@ -125,6 +125,8 @@ class FaissIndex:
         # One column, so that `datasets` has as many rows as the index; the vectors stay in the index.
         self.rows = datasets.Dataset.from_dict({"row": np.arange(self.size)})
         file, stamp_file = folder.path / f"index-{kind}.faiss", folder.path / f"index-{kind}.json"
+        if "::" in str(file):  # parts file systems to `datasets`, which would write another file
+            raise ValueError(f'{file}: there can be no index at a path with "::" in it; rename, or search it "exact".')
         cells = int(2 ** np.round(np.log2(max(1, 2 * np.sqrt(self.size)))))
         parts = self.width // next(part for part in (4, 2, 1) if self.width % part == 0)  # 4 bits each
         factory = FAISS_KINDS[kind].format(cells=cells, parts=parts)
