@@ -522,6 +522,28 @@ def test_arrays_of_other_kinds(model, arrays):
             embed_images(model, PROCESSOR, [array])
 
 
+def test_what_is_no_sequence_of_images(model, paths, arrays):
+    for alone in (str(paths[0]), paths[0], paths[0].read_bytes(), Image.open(paths[0])):
+        with pytest.raises(ValueError, match=rf"`images` must be a sequence .* {type(alone).__name__} alone: write"):
+            embed_images(model, PROCESSOR, alone)
+    for images in (torch.zeros(2, 3, 40, 20), [arrays[0], torch.zeros(3, 40, 20)]):
+        with pytest.raises(ValueError, match=r"image \d must be a path, .* got Tensor. .*goes to the model"):
+            embed_images(model, PROCESSOR, images)
+
+
+def test_open_pictures_of_other_modes(model, arrays):
+    grey = Image.fromarray(arrays[0]).convert("L")
+    assert np.array_equal(embed_images(model, PROCESSOR, [grey.convert("I")]), embed_images(model, PROCESSOR, [grey]))
+    deep = [Image.fromarray(257 * np.asarray(grey).astype(kind)) for kind in (np.uint16, np.int32)]
+    assert [picture.mode for picture in deep] == ["I;16", "I"]
+    assert np.array_equal(embed_images(model, PROCESSOR, deep), embed_images(model, PROCESSOR, [grey] * 2))
+    for wrong in (65536, -1):
+        with pytest.raises(RuntimeError, match=rf"image 0: a picture of mode I with .*{wrong}.*expected 0"):
+            embed_images(model, PROCESSOR, [Image.fromarray(np.array([[0, wrong]], np.int32))])
+    with pytest.raises(RuntimeError, match="image 0: a picture of mode F .*make it RGB"):
+        embed_images(model, PROCESSOR, [grey.convert("F")])
+
+
 def test_an_open_picture_that_is_cut_off_is_a_broken_image(model, tmp_path):
     content = io.BytesIO()
     Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 20, 3), dtype=np.uint8)).save(content, "PNG")

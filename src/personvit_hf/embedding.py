@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +51,11 @@ class _ProcessedImages(torch.utils.data.Dataset):
         if isinstance(image, BrokenImage):
             return image
         name = str(image) if isinstance(image, str | os.PathLike) else f"image {index}"
+        if not isinstance(image, Mapping | bytes | str | os.PathLike | np.ndarray | Image.Image | None):
+            raise ValueError(
+                f"{name} must be a path, a PIL image, bytes or a uint8 array (height, width, 3), got "
+                f"{type(image).__name__}. What a processor has made of images goes to the model itself."
+            )
         if isinstance(image, np.ndarray):
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
                 raise ValueError(f"{name} must be (height, width, 3) of uint8, got {image.shape} of {image.dtype}.")
@@ -58,12 +63,24 @@ class _ProcessedImages(torch.utils.data.Dataset):
         else:
             is_open = isinstance(image, Image.Image)
             try:
-                image = rgb_pixels(image) if is_open else decode_image(image, name)
+                image = rgb_pixels(_of_known_white(image)) if is_open else decode_image(image, name)
             except (ValueError, OSError) as error:
                 return BrokenImage(name, f"{name}: {error}" if is_open else str(error))
         # a picture 1, 3 or 4 pixels high could be taken for one with channels first
         options = {"input_data_format": "channels_last", "return_tensors": "pt"}
         return index, self.processor(images=image, **options).pixel_values[0]
+
+
+def _of_known_white(picture: Image.Image) -> Image.Image:
+    """An open picture, grey of 8 bits as such; ValueError if its mode doesn't tell how bright its values are."""
+    if picture.mode == "F":
+        raise ValueError("a picture of mode F (floats), whose white isn't known; scale it to 0 to 255, make it RGB.")
+    if picture.mode == "I" and picture.format != "PNG":  # whose 16 bits are mode I to older Pillow
+        low, high = picture.getextrema()
+        if low < 0 or high > 65535:
+            raise ValueError(f"a picture of mode I with values from {low} to {high}; expected 0 to 255 or 0 to 65535.")
+        return picture.convert("L") if high <= 255 else picture
+    return picture
 
 
 @torch.inference_mode()
@@ -94,10 +111,12 @@ def embed_images(
         float32 (images, hidden), each row of length 1 (or NaN).
 
     Raises:
-        ValueError: if `camera_ids` has another length or an array another shape, or if a good image's features are NaN
-            or infinite: then the model or the processor is broken.
+        ValueError: if `images` is one image or holds what is none, `camera_ids` has another length or an array another
+            shape; or if a good image's features are NaN or infinite: then the model or the processor is broken.
         RuntimeError: if more images than `max_broken_share` can't be decoded; they are named.
     """
+    if isinstance(images, str | bytes | os.PathLike | Image.Image):
+        raise ValueError(f"`images` must be a sequence of images, got {type(images).__name__} alone: write [image].")
     if camera_ids is not None and len(camera_ids) != len(images):
         raise ValueError(f"`camera_ids` must have one entry an image: {len(camera_ids)} for {len(images)} images.")
     processed = _ProcessedImages(images, processor)
