@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from app_server import DATA, small_checkpoint
 from PIL import Image
+from pyarrow import Table, parquet
 
 from personvit_hf.embedding import write_embeddings
 from personvit_hf.person_images import load_person_images
@@ -253,6 +254,43 @@ def test_sources_that_are_not_there_are_told_at_the_start(finder, tmp_path):
         PersonFinder({"m": str(tmp_path / "nowhere")}, {"g": DATA})
     with pytest.raises(FileNotFoundError, match="nowhere"):
         PersonFinder(model, {"g": str(tmp_path / "nowhere")})
+
+
+def test_captions_tell_the_ids_that_there_are(finder, pictures, tmp_path):
+    images = [{"bytes": (pictures / f"{i:02}.png").read_bytes(), "path": None} for i in range(3)]
+    table = Table.from_pydict({"image": images, "camera_id": [0, 0, 1], "track_id": [7.0, float("nan"), None]})
+    parquet.write_table(table, tmp_path / "gallery.parquet")
+    tracked = PersonFinder({"one": finder.models["one"].path}, {"tracked": str(tmp_path / "gallery.parquet")})
+    assert tracked._gallery("one", "tracked").names == ["camera 0\ntrack 7", "camera 0", "camera 1"]
+
+
+@pytest.mark.parametrize("kind", ["embedded", "unfinished", "pictures"])
+def test_a_gallery_that_is_no_longer_there_is_told_without_its_path(finder, tmp_path, caplog, kind):
+    (tmp_path / "data").mkdir()
+    Image.new("RGB", (30, 60), "red").save(tmp_path / "data" / "a.png")
+    model, gallery = finder.models["one"], tmp_path / ("data" if kind == "pictures" else "gallery")
+    if kind != "pictures":
+        source = {"model": model.path, "data": str(tmp_path / "data"), "split": None}
+        write_embeddings(*model.loaded, load_person_images(tmp_path / "data"), gallery, source)
+    searching = PersonFinder({"one": model.path}, {"g": str(gallery)})
+    if kind == "unfinished":
+        (gallery / "shard-00000.safetensors").unlink()
+    else:
+        (tmp_path / "data").rename(tmp_path / "moved")
+    ((results, _),) = searching.search(colour(1), "one", "g", 5)
+    assert "This gallery can" in results and str(tmp_path) not in results
+    assert str(tmp_path) in caplog.text
+    assert "of the gallery" not in searching.compare(colour(0), colour(11), "one")
+
+
+def test_a_gallery_that_is_not_finished_is_told_at_the_start(finder, pictures, tmp_path):
+    model = finder.models["one"]
+    source = {"model": model.path, "data": str(pictures), "split": None}
+    write_embeddings(
+        *model.loaded, load_person_images(pictures), tmp_path, source, 6, process_index=1, num_processes=2
+    )
+    with pytest.raises(ValueError, match=r"shard-00000\.safetensors is missing"):
+        PersonFinder({"one": model.path}, {"g": str(tmp_path)})
 
 
 def test_a_gallery_of_broken_pictures_is_told(finder, tmp_path):

@@ -431,6 +431,17 @@ def test_only_a_better_model_replaces_the_best(tmp_path, small_model):
     assert not list(tmp_path.rglob(f"*{PARTIAL_SUFFIX}"))
 
 
+def test_models_and_checkpoints_have_the_mode_of_any_file(tmp_path, small_model):
+    """safetensors writes for its owner alone; whoever may read the folder may read the model."""
+    run, model = small_model
+    (tmp_path / "any").touch()
+    save_best(run.accelerator, model, PersonViTImageProcessor(), tmp_path / "best", run.progress, 0.1)
+    export_best(run.accelerator, tmp_path / "best", tmp_path / "out")
+    run.save(tmp_path)
+    modes = {path.stat().st_mode for path in tmp_path.rglob("*") if path.is_file()}
+    assert modes == {(tmp_path / "any").stat().st_mode}
+
+
 def test_full_disk_leaves_the_best_as_it_was(tmp_path, small_model):
     run, model = small_model
     save_best(run.accelerator, model, PersonViTImageProcessor(), tmp_path, run.progress, 0.1)

@@ -11,7 +11,7 @@ from transformers import AutoImageProcessor, AutoModel
 from personvit_hf import PersonViTConfig, PersonViTForPreTraining, PersonViTForReID, PersonViTModel
 from personvit_hf.checkpoint_names import OFFICIAL_HEAD_NAMES, OFFICIAL_LAYER_NAMES, OFFICIAL_NAMES
 from personvit_hf.checkpoint_sizes import resize_position_embeddings
-from personvit_hf.conversion import convert_checkpoint, convert_with_report
+from personvit_hf.conversion import convert_checkpoint, convert_with_report, save_conversion
 
 FEATURES, _ = load_golden("personvit_pretrain_features")
 POSITIONS, POSITION_FACTS = load_golden("pos_embed_resize")
@@ -133,6 +133,12 @@ def test_converted_models_and_processors_are_saved_and_loaded(tmp_path, name, ta
     with torch.no_grad():
         assert torch.equal(loaded(picture).pooler_output, expected(picture).pooler_output)
     assert AutoImageProcessor.from_pretrained(tmp_path).to_dict() == processor.to_dict()
+
+
+def test_a_conversion_has_the_mode_of_any_file(tmp_path):
+    save_conversion(convert_with_report(GOLDEN / f"{REID}.pth", num_attention_heads=HEADS[REID]), tmp_path / "out")
+    (tmp_path / "any").touch()
+    assert {file.stat().st_mode for file in (tmp_path / "out").iterdir()} == {(tmp_path / "any").stat().st_mode}
 
 
 # Stems, parts and local branches

@@ -297,6 +297,42 @@ def test_names_are_compared_without_reading_the_images(model, paths, tmp_path):
     read_embeddings(tmp_path).require_images(emptied)
 
 
+ODD_IDS = {
+    "none in the first shard": ([None] * 4 + [3, None, 5], [None] * 4 + [3, None, 5]),
+    "none at all": ([None] * 7, [None] * 7),
+    "NaN": ([1.0, float("nan"), 2.0, 3.0, float("nan"), 5.0, 6.0], [1, None, 2, 3, None, 5, 6]),
+    "whole floats": ([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0], [1, 2, 3, 4, 5, 6, 7]),
+    "strings": (["a", None, "b", "c", None, None, "d"], ["a", None, "b", "c", None, None, "d"]),
+}
+
+
+@pytest.mark.parametrize(("stored", "read"), ODD_IDS.values(), ids=ODD_IDS)
+def test_images_without_ids(model, labelled, tmp_path, stored, read):
+    parquet.write_table(Table.from_pydict({"track_id": stored}), tmp_path / "tracks.parquet")
+    column = datasets.Dataset.from_parquet(str(tmp_path / "tracks.parquet"), cache_dir=tmp_path / "cache")
+    rows = datasets.concatenate_datasets([labelled, column], axis=1)
+    out = tmp_path / "out"
+    assert write_embeddings(model, PROCESSOR, rows, out, SOURCE, shard_images=2) == 4
+    folder = read_embeddings(out)
+    found = folder.columns["track_id"].tolist()
+    assert found == read and [type(value) for value in found] == [type(value) for value in read]
+    (out / "shard-00003.safetensors").unlink()
+    assert write_embeddings(model, PROCESSOR, rows, out, SOURCE, shard_images=2) == 1  # nothing has changed
+
+
+def test_shards_that_tell_no_type_of_ids_are_read(model, labelled, tmp_path):
+    """As they were written when a shard's images had no ids; NaN stood in them, too."""
+    write_embeddings(model, PROCESSOR, labelled, tmp_path, SOURCE, shard_images=2)
+    written = {0: [None, None], 1: [4.0, float("nan")], 2: [6, 7], 3: [8]}
+    for shard, tracks in written.items():
+        file = tmp_path / f"shard-{shard:05d}.parquet"
+        parquet.write_table(parquet.read_table(file).append_column("track_id", [tracks]), file)
+    assert read_embeddings(tmp_path).columns["track_id"].tolist() == [None, None, 4, None, 6, 7, 8]
+    parquet.write_table(parquet.read_table(file).drop("track_id").append_column("track_id", [["a"]]), file)
+    with pytest.raises(ValueError, match="ids of its shards differ in type.*Embed it again"):
+        read_embeddings(tmp_path)
+
+
 def test_processes_share_the_shards(model, labelled, embeddings, tmp_path):
     parts = [write_embeddings(model, PROCESSOR, labelled, tmp_path, SOURCE, 2, index, 3) for index in range(3)]
     assert parts == [2, 1, 1]
@@ -378,6 +414,41 @@ def test_bad_settings_leave_nothing_behind(model, labelled, tmp_path, options, m
     write_embeddings(model, PROCESSOR, labelled, tmp_path / "out", SOURCE)
 
 
+def test_a_folder_may_be_read_by_those_who_may_read_other_files(model, labelled, tmp_path, monkeypatch):
+    write_embeddings(model, PROCESSOR, labelled, tmp_path, SOURCE)
+    (tmp_path / "any").touch()
+    assert {file.stat().st_mode for file in tmp_path.iterdir()} == {(tmp_path / "any").stat().st_mode}
+    monkeypatch.setattr("os.access", lambda path, mode: path.suffix != ".safetensors")  # tests may run as root
+    with pytest.raises(PermissionError, match=r"shard-00000\.safetensors may not be read.*ask its owner"):
+        read_embeddings(tmp_path)
+
+
+def test_a_file_that_may_not_be_read_is_not_damaged(model, labelled, tmp_path, monkeypatch):
+    def refuse(file):
+        raise PermissionError(13, "Permission denied", str(file))
+
+    write_embeddings(model, PROCESSOR, labelled, tmp_path, SOURCE)
+    monkeypatch.setattr(parquet, "read_table", refuse)
+    with pytest.raises(PermissionError, match="shard-00000.parquet"):
+        read_embeddings(tmp_path)
+
+
+def test_a_folder_that_can_not_be_written_is_told_before_the_work(model, labelled, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("personvit_hf.embedding.embed_images", None)
+    with pytest.raises(NotADirectoryError, match=r"file/g can't be a folder, as .*file is none"):
+        write_embeddings(model, PROCESSOR, labelled, tmp_path / "file" / "g", SOURCE)
+
+
+@pytest.mark.parametrize("name", ["cam:3", "o::x", "s3://bucket", "a b?*[1]"])
+def test_names_of_folders_are_no_addresses(model, labelled, embeddings, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    write_embeddings(model, PROCESSOR, labelled, name, SOURCE, shard_images=4)
+    (tmp_path / name / "shard-00001.safetensors").unlink()
+    assert write_embeddings(model, PROCESSOR, labelled, Path(name), SOURCE, shard_images=4) == 1
+    assert_same(read_embeddings(name).embeddings, embeddings)
+
+
 def test_shards_without_settings_are_not_taken_over(model, labelled, tmp_path):
     write_embeddings(model, PROCESSOR, labelled, tmp_path, SOURCE)
     (tmp_path / "embeddings.json").unlink()
@@ -450,6 +521,28 @@ def test_arrays_of_other_kinds(model, arrays):
     for array in (arrays[0] / 255.0, arrays[0].astype(np.uint16), arrays[0][..., 0], arrays[0].transpose(2, 0, 1)):
         with pytest.raises(ValueError, match=r"image 0 must be \(height, width, 3\) of uint8, got"):
             embed_images(model, PROCESSOR, [array])
+
+
+def test_what_is_no_sequence_of_images(model, paths, arrays):
+    for alone in (str(paths[0]), paths[0], paths[0].read_bytes(), Image.open(paths[0])):
+        with pytest.raises(ValueError, match=rf"`images` must be a sequence .* {type(alone).__name__} alone: write"):
+            embed_images(model, PROCESSOR, alone)
+    for images in (torch.zeros(2, 3, 40, 20), [arrays[0], torch.zeros(3, 40, 20)]):
+        with pytest.raises(ValueError, match=r"image \d must be a path, .* got Tensor. .*goes to the model"):
+            embed_images(model, PROCESSOR, images)
+
+
+def test_open_pictures_of_other_modes(model, arrays):
+    grey = Image.fromarray(arrays[0]).convert("L")
+    assert np.array_equal(embed_images(model, PROCESSOR, [grey.convert("I")]), embed_images(model, PROCESSOR, [grey]))
+    deep = [Image.fromarray(257 * np.asarray(grey).astype(kind)) for kind in (np.uint16, np.int32)]
+    assert [picture.mode for picture in deep] == ["I;16", "I"]
+    assert np.array_equal(embed_images(model, PROCESSOR, deep), embed_images(model, PROCESSOR, [grey] * 2))
+    for wrong in (65536, -1):
+        with pytest.raises(RuntimeError, match=rf"image 0: a picture of mode I with .*{wrong}.*expected 0"):
+            embed_images(model, PROCESSOR, [Image.fromarray(np.array([[0, wrong]], np.int32))])
+    with pytest.raises(RuntimeError, match="image 0: a picture of mode F .*make it RGB"):
+        embed_images(model, PROCESSOR, [grey.convert("F")])
 
 
 def test_an_open_picture_that_is_cut_off_is_a_broken_image(model):

@@ -1,6 +1,8 @@
 import os
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from personvit_hf.files import (
     MANIFEST,
@@ -10,6 +12,7 @@ from personvit_hf.files import (
     read_yaml,
     rename_durably,
     require_writable,
+    require_writable_folder,
     write_manifest,
     written_aside,
 )
@@ -51,6 +54,18 @@ def test_what_exists_is_replaced_only_when_asked(tmp_path):
     write_folder(tmp_path / "out", ["a", "b"], overwrite=True)
     assert (tmp_path / "out" / "a").read_text() == "new"
     assert os.listdir(tmp_path) == ["out"]
+
+
+def test_what_was_written_for_its_owner_alone_has_the_mode_of_any_file(tmp_path):
+    (tmp_path / "any").touch()
+    with written_aside(tmp_path / "model") as aside:
+        aside.mkdir()
+        save_file({"a": np.zeros(2)}, aside / "model.safetensors")  # safetensors 0.8 is such a writer
+        (aside / "private").touch(0o600)
+    with written_aside(tmp_path / "one.safetensors") as aside:
+        save_file({"a": np.zeros(2)}, aside)
+    modes = {path.stat().st_mode for path in tmp_path.rglob("*") if path.is_file()}
+    assert modes == {(tmp_path / "any").stat().st_mode}
 
 
 def test_an_empty_folder_may_be_filled(tmp_path, monkeypatch):
@@ -164,6 +179,20 @@ def test_flushed_and_renamed(listed):
     flush_to_disk(listed)
     rename_durably(listed / "folder", listed / "other")
     assert (listed / "other" / "file").read_text() == "x"
+
+
+def test_a_folder_that_can_not_be_written_is_told_before(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("file", "file/inside", "link/inside"):
+        with pytest.raises(NotADirectoryError, match=f"can't be a folder, as .*{name[:4]} is none"):
+            require_writable_folder(tmp_path / name)
+    require_writable_folder(tmp_path)
+    require_writable_folder(tmp_path / "a" / "b")
+    assert sorted(os.listdir(tmp_path)) == ["file", "link"]
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # tests may run as root, who may write everywhere
+    with pytest.raises(PermissionError, match=f"b can't be written, as {tmp_path} may not"):
+        require_writable_folder(tmp_path / "a" / "b")
 
 
 def test_a_file_that_can_not_be_written_is_told_before(tmp_path, monkeypatch):

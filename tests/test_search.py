@@ -1,5 +1,6 @@
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,30 @@ def test_a_compressed_index_finds_most(tmp_path):
     np.testing.assert_allclose(similarities, found, rtol=0, atol=1e-6)  # not those of the compressed vectors
 
 
+def test_a_compressed_index_finds_most_in_a_narrow_cone(tmp_path):
+    """As fine-tuned models make features: cosines of any two are all but 1."""
+    rng = np.random.default_rng(0)
+    rows = unit_rows(rng, 1, 64) + 0.04 * unit_rows(rng, 1050, 64)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    queries, rows = rows[:50], rows[50:]
+    assert (queries @ rows.T).mean() > 0.998
+    folder = replace(gallery_folder(tmp_path, size=1000), embeddings=rows)
+    indices, _ = make_index("ivfpq", folder).search(queries, 10)
+    expected = plain_search(folder, queries, 10, np.ones(1000, bool))
+    assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(indices, expected, strict=True)]) > 0.8
+
+
+def test_a_compressed_index_of_inner_products_is_refused(tmp_path):
+    folder = gallery_folder(tmp_path)
+    make_index("ivfpq", folder)
+    stamp = tmp_path / "index-ivfpq.json"
+    told = json.loads(stamp.read_text())
+    del told["metric"]  # as it was before
+    stamp.write_text(json.dumps(told))
+    with pytest.raises(ValueError, match=r"index-ivfpq\.faiss.*of another kind.*Remove it to build it anew"):
+        make_index("ivfpq", folder)
+
+
 def test_a_compressed_index_of_few(tmp_path):
     index = make_index("ivfpq", gallery_folder(tmp_path / "16", size=16))
     assert (np.sort(index.search(index.to_compare[:2], 20)[0][:, :16]) == np.arange(16)).all()
@@ -150,6 +175,13 @@ def test_an_index_is_kept_and_one_of_another_model_is_refused(tmp_path):
         FaissIndex(folder, "flat")
 
 
+def test_an_index_is_written_nowhere_else(tmp_path):
+    pytest.importorskip("faiss")
+    with pytest.raises(ValueError, match=r'o::x/index-flat\.faiss: there can be no index.*"exact"'):
+        FaissIndex(gallery_folder(tmp_path / "o::x"), "flat")
+    assert [path.name for path in tmp_path.rglob("*")] == ["o::x"]
+
+
 def test_an_index_of_as_many_other_images_is_refused(tmp_path):
     pytest.importorskip("faiss")
     FaissIndex(gallery_folder(tmp_path), "flat")
@@ -168,6 +200,34 @@ def test_a_collection_of_another_model_is_refused(tmp_path):
     for other in (gallery_folder(tmp_path, weights="sha256:2"), gallery_folder(tmp_path, size=200)):
         with pytest.raises(ValueError, match="people.*another model"):
             QdrantIndex(client, "people", other)
+
+
+@pytest.mark.parametrize("kind", ["exact", "flat", QDRANT])
+def test_images_without_ids_are_filtered_too(kind, tmp_path):
+    folder = gallery_folder(tmp_path, size=6)
+    folder = replace(folder, columns={"track_id": np.array([None, 5, 4, 5, None, 4], object)})
+    index = make_index(kind, folder)
+
+    def found(where, exclude):
+        return {row for row in index.search(folder.embeddings[:1], 6, where, exclude)[0][0].tolist() if row >= 0}
+
+    assert found({"track_id": [5]}, {}) == {1, 3}
+    assert found({}, {"track_id": [5]}) == {0, 2, 4, 5}
+    assert found({"track_id": np.array([4, 5])}, {}) == {1, 2, 3, 5}
+
+
+@pytest.mark.parametrize("kind", ["exact", "flat", QDRANT])
+def test_values_of_another_kind_than_the_ids_are_refused(kind, tmp_path):
+    folder = gallery_folder(tmp_path, size=4)
+    columns = {"camera_id": np.array([None, "0", "1", "1"], object), "track_id": np.arange(4)}
+    index = make_index(kind, replace(folder, columns=columns))
+    told = "`camera_id` of the gallery holds str, such as '0'.*filtered by 1, which is int"
+    for where, exclude in (({"camera_id": [1]}, {}), ({}, {"camera_id": np.array([1])})):
+        with pytest.raises(ValueError, match=told):
+            index.search(folder.embeddings[:1], 4, where, exclude)
+    with pytest.raises(ValueError, match="`track_id` .* holds int, such as 0.*'1', which is str"):
+        index.search(folder.embeddings[:1], 4, {"track_id": ["1"]})
+    assert set(index.search(folder.embeddings[:1], 4, {}, {"camera_id": ["1"]})[0][0].tolist()) == {0, 1, -1}
 
 
 @pytest.mark.parametrize("kind", ["exact", "flat", QDRANT])

@@ -110,6 +110,19 @@ def test_ids_may_be_strings(server, tmp_path):
     assert sorted(index.search(folder.embeddings[:1], 9, {"person_id": ["a"]})[0][0].tolist())[-2:] == [0, 2]
 
 
+def test_images_may_have_no_id(server, tmp_path):
+    folder = gallery_folder(tmp_path, size=3)
+    folder = replace(folder, columns={"track_id": np.array([None, 5, 7], object), "camera_id": np.array([None] * 3)})
+    index = open_index(folder, "qdrant", server.url)
+    (collection,) = server.collections.values()
+    assert collection.indexed == {"track_id": "integer", "camera_id": "keyword", "gallery": "keyword"}
+    payloads = [collection.payloads[i] for i in range(3)]
+    assert [payload.get("track_id") for payload in payloads] == [None, 5, 7]
+    assert "track_id" not in payloads[0] and not any("camera_id" in payload for payload in payloads)
+    found = index.search(folder.embeddings[:1], 3, {}, {"track_id": [5]})[0][0].tolist()
+    assert set(found) == {0, 2, -1}
+
+
 @pytest.mark.parametrize("action", [500, 429, "cut"])
 def test_a_request_that_fails_is_sent_again(action, server, tmp_path):
     server.faults = [("PUT .*/points$", action), ("PUT .*/points$", action)]

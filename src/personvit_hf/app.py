@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import io
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -31,13 +32,15 @@ from .app_page import (
     results_html,
     thumbnail,
 )
-from .embedding import KEPT_ID_COLUMNS, embed_images, is_embedded, model_fingerprint, read_embeddings
+from .embedding import KEPT_ID_COLUMNS, embed_images, id_columns, is_embedded, model_fingerprint, read_embeddings
 from .extras import require
 from .loading import load_embedder, read_config
 from .patches import PatchTokens, cluster_parts, match_patches, patch_tokens
 from .person_images import BrokenImage, PersonImages, resolve_source
 from .search import ExactIndex, load_gallery_images
 from .visualization import draw_attention, draw_correspondences, draw_parts
+
+logger = logging.getLogger(__name__)
 
 MAX_TOP = 50
 _NUM_EXAMPLES, _NUM_EXPLAINED, _NUM_PARTS, _MOST_HEADS, _DPI = 6, 3, 6, 4, 150
@@ -83,8 +86,10 @@ class PersonFinder:
             Images are embedded when they are first searched, by each model.
 
     Raises:
-        ValueError: There is no model, or no gallery, or a checkpoint is none of ours.
+        ValueError: There is no model, or no gallery, or a checkpoint is none of ours; or a gallery's embeddings are
+            damaged or not finished.
         FileNotFoundError: There is no such checkpoint or gallery.
+        PermissionError: A gallery's embeddings may not be read.
     """
 
     def __init__(self, models: Mapping[str, str], galleries: Mapping[str, str]):
@@ -94,6 +99,8 @@ class PersonFinder:
             read_config(path)
         for source in galleries.values():
             resolve_source(source)
+            if is_embedded(source):
+                read_embeddings(source)  # what is wrong with it is told now, and not to those who search
         self.models = {name: _Model(path) for name, path in models.items()}
         self.galleries = dict(galleries)
         # one request at a time: drawing switches the model's attention, and the first one fills the caches
@@ -185,8 +192,17 @@ class PersonFinder:
         return [row for row in shown if not isinstance(row[0], BrokenImage)]
 
     def _gallery(self, model: str, gallery: str) -> _Gallery:
-        source = self.galleries[gallery]
-        network, processor = self.models[model].loaded
+        loaded = self.models[model].loaded
+        try:
+            return self._read_gallery(loaded, self.galleries[gallery])
+        except RequestError:
+            raise
+        except (OSError, ValueError) as error:  # such as pictures that were moved; it tells paths
+            logger.warning("The gallery %s can't be searched: %s", gallery, error)
+            raise RequestError("This gallery can't be read: the server's log tells why.") from error
+
+    def _read_gallery(self, loaded: tuple[Any, Any], source: str) -> _Gallery:
+        network, processor = loaded
         if is_embedded(source):
             folder = read_embeddings(source)
             if folder.weights != model_fingerprint(network, processor):
@@ -360,12 +376,14 @@ def _labelled(source: str, split: str) -> datasets.Dataset | None:
 
 
 def _columns(pictures: datasets.Dataset) -> dict[str, np.ndarray]:
-    return {name: np.array(pictures[name]) for name in KEPT_ID_COLUMNS if name in pictures.column_names}
+    names = [name for name in KEPT_ID_COLUMNS if name in pictures.column_names]
+    return id_columns(pictures.select_columns(names).with_format("arrow")[:]) if names else {}
 
 
 def _caption(columns: Mapping[str, np.ndarray], row: int, separator: str = "\n") -> str:
     """Who it is and where, as far as it is known."""
-    return separator.join(f"{name.removesuffix('_id')} {values[row]}" for name, values in columns.items())
+    known = {name: values[row] for name, values in columns.items() if values[row] is not None}
+    return separator.join(f"{name.removesuffix('_id')} {value}" for name, value in known.items())
 
 
 def _gradio() -> Any:

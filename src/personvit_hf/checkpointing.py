@@ -25,7 +25,7 @@ from transformers import BaseImageProcessor
 
 from .cards import BEST_FILE
 from .distributed import whole_module, whole_weights
-from .files import check_manifest, flush_entry, flush_to_disk, read_json, rename_durably, write_manifest
+from .files import check_manifest, flush_entry, flush_to_disk, follow_umask, read_json, rename_durably, write_manifest
 from .loading import nonfinite_weights
 from .training_state import load_optimizer_state, load_random_states, optimizer_state, random_states
 
@@ -132,13 +132,11 @@ def save_checkpoint(
             shutil.rmtree(leftover, ignore_errors=True)
         try:
             partial.mkdir(parents=True)
-            for name, tensors in (
-                (MODEL_FILE, weights),
-                (OPTIMIZER_FILE, optimizer_tensors),
-                (RANDOM_FILE, generators),
-            ):
+            parts = {MODEL_FILE: weights, OPTIMIZER_FILE: optimizer_tensors, RANDOM_FILE: generators}
+            for name, tensors in parts.items():
                 _write_tensors(tensors, partial / name)
             (partial / PROGRESS_FILE).write_text(position + "\n")
+            follow_umask(partial)
             write_manifest(partial)
             flush_to_disk(partial)
         except BaseException:
@@ -487,6 +485,7 @@ def _beside(folder: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
+        follow_umask(partial)
         flush_to_disk(partial)
         for path in sorted(partial.iterdir()):
             path.replace(folder / path.name)

@@ -305,7 +305,7 @@ def search(
         typer.echo(f"{picture}" if (found >= 0).any() else f"{picture}: {nothing}")
         for rank, (i, similarity) in enumerate(zip(found, likeness, strict=True), start=1):
             if i >= 0:
-                ids = "".join(f"  {name} {values[i]}" for name, values in folder.columns.items())
+                ids = "".join(f"  {name} {of[i]}" for name, of in folder.columns.items() if of[i] is not None)
                 typer.echo(printable(f"{rank:>4}  {similarity:.4f}  {folder.names[i]}{ids}"))
     if draw:
         draw_results(query, folder, indices, draw)

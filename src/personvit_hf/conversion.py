@@ -40,6 +40,7 @@ from .checkpoint_sources import (
     split_weights,
 )
 from .configuration_personvit import PersonViTConfig
+from .files import follow_umask
 from .image_processing_personvit import PersonViTImageProcessor
 from .modeling_personvit import PersonViTForReID, PersonViTModel
 from .modeling_personvit_pretraining import PersonViTForPreTraining
@@ -159,6 +160,7 @@ def save_conversion(conversion: Conversion, folder: str | Path) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent) as partial:
         conversion.model.save_pretrained(partial)
         conversion.image_processor.save_pretrained(partial)
+        follow_umask(Path(partial))
         folder.mkdir(exist_ok=True)
         # the configuration last: without it the folder is not taken for a model
         for file in sorted(Path(partial).iterdir(), key=lambda path: path.name == "config.json"):

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 from PIL import Image
-from pyarrow import ArrowInvalid, Table, concat_tables, int64, parquet, string
+from pyarrow import ArrowException, ArrowInvalid, Table, concat_tables, int64, parquet, string, types
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch.utils.data import DataLoader
@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from .dataset_loading import EMBEDDINGS_FILE as SETTINGS_FILE
-from .files import read_json, written_aside
+from .files import read_json, require_writable_folder, written_aside
 from .person_images import BrokenImage, BrokenImageBudget, PersonImages, decode_image, rgb_pixels, split_broken
 
 SHARD_IMAGES = 4096
@@ -50,6 +50,11 @@ class _ProcessedImages(torch.utils.data.Dataset):
         if isinstance(image, BrokenImage):
             return image
         name = str(image) if isinstance(image, str | os.PathLike) else f"image {index}"
+        if not isinstance(image, Mapping | bytes | str | os.PathLike | np.ndarray | Image.Image | None):
+            raise ValueError(
+                f"{name} must be a path, a PIL image, bytes or a uint8 array (height, width, 3), got "
+                f"{type(image).__name__}. What a processor has made of images goes to the model itself."
+            )
         if isinstance(image, np.ndarray):
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
                 raise ValueError(f"{name} must be (height, width, 3) of uint8, got {image.shape} of {image.dtype}.")
@@ -57,12 +62,24 @@ class _ProcessedImages(torch.utils.data.Dataset):
         else:
             is_open = isinstance(image, Image.Image)
             try:
-                image = rgb_pixels(image) if is_open else decode_image(image, name)
+                image = rgb_pixels(_of_known_white(image)) if is_open else decode_image(image, name)
             except (ValueError, OSError) as error:
                 return BrokenImage(name, f"{name}: {error}" if is_open else str(error))
         # a picture 1, 3 or 4 pixels high could be taken for one with channels first
         options = {"input_data_format": "channels_last", "return_tensors": "pt"}
         return index, self.processor(images=image, **options).pixel_values[0]
+
+
+def _of_known_white(picture: Image.Image) -> Image.Image:
+    """An open picture, grey of 8 bits as such; ValueError if its mode doesn't tell how bright its values are."""
+    if picture.mode == "F":
+        raise ValueError("a picture of mode F (floats), whose white isn't known; scale it to 0 to 255, make it RGB.")
+    if picture.mode == "I" and picture.format != "PNG":  # whose 16 bits are mode I to older Pillow
+        low, high = picture.getextrema()
+        if low < 0 or high > 65535:
+            raise ValueError(f"a picture of mode I with values from {low} to {high}; expected 0 to 255 or 0 to 65535.")
+        return picture.convert("L") if high <= 255 else picture
+    return picture
 
 
 @torch.inference_mode()
@@ -93,10 +110,12 @@ def embed_images(
         float32 (images, hidden), each row of length 1 (or NaN).
 
     Raises:
-        ValueError: if `camera_ids` has another length or an array another shape, or if a good image's features are NaN
-            or infinite: then the model or the processor is broken.
+        ValueError: if `images` is one image or holds what is none, `camera_ids` has another length or an array another
+            shape; or if a good image's features are NaN or infinite: then the model or the processor is broken.
         RuntimeError: if more images than `max_broken_share` can't be decoded; they are named.
     """
+    if isinstance(images, str | bytes | os.PathLike | Image.Image):
+        raise ValueError(f"`images` must be a sequence of images, got {type(images).__name__} alone: write [image].")
     if camera_ids is not None and len(camera_ids) != len(images):
         raise ValueError(f"`camera_ids` must have one entry an image: {len(camera_ids)} for {len(images)} images.")
     processed = _ProcessedImages(images, processor)
@@ -162,7 +181,7 @@ class EmbeddingFolder:
         embeddings: float32 (images, dim), rows of length 1.
         rows: int64 (images,), which row of the data each is; broken images are left out.
         names: (images,) file names, or row numbers where the images have none.
-        columns: person_id, camera_id, track_id of each image, those that the data have.
+        columns: person_id, camera_id, track_id of each image, those that the data have; as `id_columns` gives them.
     """
 
     path: Path
@@ -252,8 +271,9 @@ def write_embeddings(
         ValueError: The folder holds embeddings of another model, revision or data set, or the data have changed since;
             or as in `embed_images`. Nothing is written unless the first shard succeeds.
         RuntimeError: As in `embed_images`.
+        OSError: The folder can't be written; nothing has been embedded then.
     """
-    folder = Path(folder)
+    folder = Path(os.path.abspath(folder))  # pyarrow takes a relative cam:3 for an address
     if shard_images < 1:
         raise ValueError(f"`shard_images` must be at least 1, got {shard_images}.")
     missing = {"model", "data", "split"} - source.keys()
@@ -283,6 +303,8 @@ def write_embeddings(
             )
     if model.config.num_cameras:
         logger.warning("The model knows cameras, but isn't told them here: queries of a search come from any camera.")
+    if len(there) < len(shards):
+        require_writable_folder(folder)
     made = 0
     for vectors_file, rows in shards[process_index::num_processes]:
         if vectors_file.is_file():
@@ -310,26 +332,33 @@ def read_embeddings(folder: str | os.PathLike) -> EmbeddingFolder:
 
     Raises:
         FileNotFoundError: There is no such folder, or it holds no embeddings.
-        ValueError: Shards are missing or don't fit each other.
+        PermissionError: A file of it may not be read.
+        ValueError: Shards are missing, damaged or don't fit each other.
     """
-    folder = Path(folder)
+    folder = Path(os.path.abspath(folder))  # as in `write_embeddings`
     settings = _read_settings(folder)
     vectors, tables = [], []
     for file, rows in _shards(folder, settings["num_images"], settings["shard_images"]):
         if not file.is_file():
             raise ValueError(f"{folder}: {file.name} is missing; run `personvit embed` again, it goes on from there.")
+        if not os.access(file, os.R_OK):  # safetensors would say that there is no such file
+            raise PermissionError(f"{file} may not be read by this user: ask its owner for the permission.")
         try:
             vectors.append(load_file(file)["embeddings"])
-        except (SafetensorError, KeyError, OSError) as error:
+        except (SafetensorError, KeyError) as error:
             raise ValueError(f"{file}: can't be read ({error}). Remove it and run `personvit embed` again.") from error
         tables.append(_read_table(file, rows))
         if vectors[-1].shape != (len(tables[-1]), settings["hidden_size"]):
             raise ValueError(f"{file}: doesn't fit its .parquet file or {SETTINGS_FILE}. Remove it and embed again.")
-    embeddings, table = np.concatenate(vectors), concat_tables(tables)
+    embeddings = np.concatenate(vectors)
+    try:
+        table = concat_tables(tables, promote_options="permissive")  # older shards without any id tell no type
+    except ArrowException as error:
+        raise ValueError(f"{folder}: the ids of its shards differ in type ({error}). Embed it again.") from error
     if not np.isfinite(embeddings).all():
         raise ValueError(f"{folder}: its embeddings hold NaN or infinity. Remove its shards and embed again.")
-    columns = {name: table[name].to_numpy() for name in KEPT_ID_COLUMNS if name in table.column_names}
-    return EmbeddingFolder(folder, settings, embeddings, table["row"].to_numpy(), table["name"].to_pylist(), columns)
+    rows, names = table["row"].to_numpy(), table["name"].to_pylist()
+    return EmbeddingFolder(folder, settings, embeddings, rows, names, id_columns(table))
 
 
 def _shards(folder: Path, num_images: int, shard_images: int) -> Iterator[tuple[Path, range]]:
@@ -342,23 +371,56 @@ def _describe(rows: datasets.Dataset, first: int) -> Table:
     """Row number, name and ids of some images, whose bytes are not read."""
     columns = [column for column in KEPT_ID_COLUMNS if column in rows.column_names]
     plain = rows.select_columns(["image", *columns]).cast_column("image", datasets.Image(decode=False)).flatten()
-    plain = plain.select_columns(["image.path", *columns]).with_format(None)
-    names = [path or f"row {first + i}" for i, path in enumerate(plain["image.path"][:])]
-    ids = {column: plain[column][:] for column in columns}
-    return Table.from_pydict({"row": range(first, first + len(rows)), "name": names, **ids})
+    plain = plain.select_columns(["image.path", *columns]).with_format("arrow")[:]
+    names = [path or f"row {first + i}" for i, path in enumerate(plain["image.path"].to_pylist())]
+    # of the data's own types, which a shard with no id in it wouldn't tell
+    ids = {column: plain[column] for column in columns}
+    return _without_nan(Table.from_pydict({"row": range(first, first + len(rows)), "name": names, **ids}))
+
+
+def _without_nan(table: Table) -> Table:
+    """NaN stands for no id, and isn't equal to itself: null in its place."""
+    for place, field in enumerate(table.schema):
+        if types.is_floating(field.type):
+            column = table[field.name]
+            table = table.set_column(place, field.name, pc.if_else(pc.is_nan(column), None, column))
+    return table
+
+
+def id_columns(table: Table) -> dict[str, np.ndarray]:
+    """The ids of images by column: whole numbers as integers, however they are stored.
+
+    Args:
+        table: With those of the columns person_id, camera_id and track_id that there are.
+
+    Returns:
+        {column: (images,)}; of dtype object for strings, and with None where rows have no id (null, NaN).
+    """
+    table, ids = _without_nan(table), {}
+    for name in [name for name in KEPT_ID_COLUMNS if name in table.column_names]:
+        column = table[name]
+        if types.is_floating(column.type):  # as pandas keeps whole numbers with gaps
+            try:
+                column = column.cast(int64())
+            except ArrowInvalid:
+                pass  # fractions
+        ids[name] = np.array(column.to_pylist(), object) if column.null_count else column.to_numpy()
+    return ids
 
 
 def _read_table(file: Path, rows: range) -> Table:
     """What `_describe` told of a shard; `file` is the one with the vectors, `rows` those that may be in it."""
     try:
         table = parquet.read_table(file.with_suffix(".parquet"))
+    except PermissionError:
+        raise
     except (OSError, ArrowInvalid) as error:
         raise ValueError(f"{file}: its .parquet file can't be read ({error}). Remove it and embed again.") from error
-    types = dict(zip(table.schema.names, table.schema.types, strict=True))
-    good = (types.get("row"), types.get("name")) == (int64(), string())
+    kinds = dict(zip(table.schema.names, table.schema.types, strict=True))
+    good = (kinds.get("row"), kinds.get("name")) == (int64(), string())
     if not good or not all(row in rows for row in table["row"].to_pylist()):
         raise ValueError(f"{file}: its .parquet file doesn't fit {SETTINGS_FILE}. Remove it and embed again.")
-    return table
+    return _without_nan(table)
 
 
 def _first_change(then: Table, now: Table) -> str | None:

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ def written_aside(output: Path, overwrite: bool = False) -> Iterator[Path]:
     try:
         new = work / output.name
         yield new
+        follow_umask(new)
         _check_replaceable(output, new)
         if new.is_file() or not output.exists():
             new.replace(output)
@@ -51,6 +52,16 @@ def written_aside(output: Path, overwrite: bool = False) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(work)
+
+
+def follow_umask(path: Path) -> None:
+    """Gives a file, or all files in a folder, the mode of any new file: safetensors writes for its owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in (path, *path.rglob("*")):
+        if file.is_file():
+            with suppress(OSError):  # some file systems know no modes
+                file.chmod(0o666 & ~mask)
 
 
 def require_writable(file: Path) -> None:
@@ -67,6 +78,19 @@ def require_writable(file: Path) -> None:
         raise OSError(f"{file} can't be written, as its folder can't be made ({error}).") from error
     if not os.access(file if file.exists() else file.parent, os.W_OK):
         raise PermissionError(f"{file} may not be written: choose another name.")
+
+
+def require_writable_folder(folder: Path) -> None:
+    """Says before long work why nothing could be written to a folder that may not be there yet; makes nothing.
+
+    Raises:
+        OSError: if a file is in its way, or it may not be made or written to.
+    """
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise NotADirectoryError(f"{folder} can't be a folder, as {there} is none: choose another name.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"{folder} can't be written, as {there} may not be written to: choose another name.")
 
 
 def _check_replaceable(output: Path, new: Path) -> None:

@@ -65,7 +65,8 @@ class ExactIndex:
             more; and float32 (queries, k) cosine similarities, NaN there.
 
         Raises:
-            ValueError: A filter names a column that there is not, the widths differ, or k is below 1.
+            ValueError: A filter names a column that there is not or values of another kind than it holds, the widths
+                differ, or k is below 1.
         """
         k = _checked_k(k, queries, *self.embeddings.shape)
         kept = _matching(self.columns, len(self.embeddings), where, exclude)
@@ -126,10 +127,18 @@ class FaissIndex:
         # One column, so that `datasets` has as many rows as the index; the vectors stay in the index.
         self.rows = datasets.Dataset.from_dict({"row": np.arange(self.size)})
         file, stamp_file = folder.path / f"index-{kind}.faiss", folder.path / f"index-{kind}.json"
+        if "::" in str(file):  # parts file systems to `datasets`, which would write another file
+            raise ValueError(f'{file}: there can be no index at a path with "::" in it; rename, or search it "exact".')
         cells = int(2 ** np.round(np.log2(max(1, 2 * np.sqrt(self.size)))))
         parts = self.width // next(part for part in (4, 2, 1) if self.width % part == 0)  # 4 bits each
         factory = FAISS_KINDS[kind].format(cells=cells, parts=parts)
         stamp = {"gallery": _gallery_fingerprint(folder), "factory": factory}
+        metric = faiss.METRIC_INNER_PRODUCT
+        if kind == "ivfpq":
+            # The same order for rows of length 1. Inner products of features in a narrow cone are all but the same:
+            # 8-bit tables of them would tell nothing. Distances are told, wherever the cone is.
+            metric = faiss.METRIC_L2
+            stamp["metric"] = "L2"
         if file.is_file():
             try:
                 found = read_json(stamp_file)
@@ -149,7 +158,7 @@ class FaissIndex:
                 "vectors",
                 string_factory=factory,
                 batch_size=2**16,  # its threads share a batch
-                metric_type=faiss.METRIC_INNER_PRODUCT,
+                metric_type=metric,
                 train_size=min(self.size, 64 * cells) if kind == "ivfpq" else None,
             )
             self.rows.save_faiss_index("vectors", str(file))
@@ -228,14 +237,17 @@ class QdrantIndex:
         """Upserts the images from `first` on."""
         from qdrant_client import models
 
-        for column, values in {**self.columns, "gallery": np.array("")}.items():  # strict servers filter by no others
-            integers = values.dtype.kind in "iu"
+        for column in (*self.columns, "gallery"):  # strict servers filter by no others
+            integers = column in self.columns and isinstance(_example(self.columns[column]), int)
             kind = models.PayloadSchemaType.INTEGER if integers else models.PayloadSchemaType.KEYWORD
             self.client.create_payload_index(self.name, column, kind)
         columns = {column: values.tolist() for column, values in self.columns.items()}
         for start in range(first, len(embeddings), self.batch):  # not in one call: in memory it makes lists of all
             ids = range(start, min(start + self.batch, len(embeddings)))
-            payloads = [{"gallery": gallery, **{column: values[i] for column, values in columns.items()}} for i in ids]
+            payloads = [
+                {"gallery": gallery} | {name: values[i] for name, values in columns.items() if values[i] is not None}
+                for i in ids
+            ]
             vectors = embeddings[ids.start : ids.stop]
             self.client.upload_collection(
                 self.name, vectors, payloads, ids, batch_size=self.batch, max_retries=3, wait=True
@@ -255,10 +267,8 @@ class QdrantIndex:
         k = _checked_k(k, queries, self.size, self.width)
 
         def conditions(wanted: Filter | None) -> list:
-            for column in wanted or {}:
-                _require_column(self.columns, column)
             return [
-                models.FieldCondition(key=column, match=models.MatchAny(any=np.asarray(values).tolist()))
+                models.FieldCondition(key=column, match=models.MatchAny(any=_wanted(self.columns, column, values)))
                 for column, values in (wanted or {}).items()
             ]
 
@@ -430,11 +440,27 @@ def _matching(
     kept = np.ones(size, bool)
     for wanted, filters in ((True, where), (False, exclude)):
         for column, values in (filters or {}).items():
-            _require_column(columns, column)
-            kept &= np.isin(columns[column], list(values)) == wanted
+            values = _wanted(columns, column, values)
+            kept &= np.isin(columns[column], values) == wanted
     return np.flatnonzero(kept)
 
 
-def _require_column(columns: Mapping[str, np.ndarray], column: str) -> None:
+def _wanted(columns: Mapping[str, np.ndarray], column: str, values: Sequence[Any]) -> list[Any]:
+    """A filter's values, once it is known that the column can hold them: a string is equal to no number."""
     if column not in columns:
         raise ValueError(f"The gallery has no column `{column}` to filter by; it has {', '.join(columns) or 'none'}.")
+    values = [value.item() if isinstance(value, np.generic) else value for value in values]
+    held = _example(columns[column])
+    for value in values:
+        if held is not None and isinstance(value, str) != isinstance(held, str):
+            raise ValueError(
+                f"`{column}` of the gallery holds {type(held).__name__}, such as {held!r}: it can't be filtered by "
+                f"{value!r}, which is {type(value).__name__}."
+            )
+    return values
+
+
+def _example(ids: np.ndarray) -> Any:
+    """An id that is there, which tells of which kind they are; None if there is none."""
+    found = next((value for value in ids if value is not None), None)
+    return found.item() if isinstance(found, np.generic) else found
