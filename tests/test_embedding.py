@@ -1,7 +1,9 @@
 import io
 import json
 import logging
+import multiprocessing
 import os
+import subprocess
 from pathlib import Path
 
 import datasets
@@ -128,6 +130,20 @@ def test_large_batches_of_workers_take_few_file_descriptors(model, arrays, embed
     found = embed_images(model, PROCESSOR, arrays * 30, batch_size=105, num_workers=1)
     assert len(taken) == 2 and max(taken) < 50
     np.testing.assert_allclose(found, np.tile(embeddings, (30, 1)), atol=1e-6)
+
+
+def test_workers_outlive_what_stops_a_whole_job(model, paths, embeddings, monkeypatch):
+    """A training run that is told to stop while it scores ends that, and then saves."""
+    forward = model.forward
+
+    def signalled(*args, **options):
+        for worker in multiprocessing.active_children():  # by another process: its own parent's word counts
+            subprocess.run(["kill", "-TERM", str(worker.pid)], check=False)
+        return forward(*args, **options)
+
+    monkeypatch.setattr(model, "forward", signalled)
+    found = embed_images(model, PROCESSOR, paths, batch_size=1, num_workers=1)
+    np.testing.assert_allclose(found, embeddings, atol=1e-6)
 
 
 def test_no_images(model):

@@ -26,6 +26,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from .dataset_loading import EMBEDDINGS_FILE as SETTINGS_FILE
 from .files import read_json, require_writable_folder, written_aside
 from .person_images import BrokenImage, BrokenImageBudget, PersonImages, decode_image, rgb_pixels, split_broken
+from .preemption import ignore_stop_requests
 
 SHARD_IMAGES = 4096
 logger = logging.getLogger(__name__)
@@ -139,6 +140,7 @@ def embed_images(
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=_stack_good,
+        worker_init_fn=ignore_stop_requests,  # a run that is told to stop while it scores ends that first
         # of its own, so that scoring a model draws nothing from the generator that its training uses
         generator=torch.Generator(),
     )
