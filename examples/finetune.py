@@ -363,7 +363,7 @@ def score_model(run: Run) -> None:
     accelerator, progress = run.accelerator, run.progress
     result, whole = {}, whole_module(accelerator, run.model)
     if accelerator.is_main_process:
-        result = score(whole.to(accelerator.device), run.processor, run.dataset)
+        result = score(whole.to(accelerator.device), run.processor, run.dataset, num_workers=run.args.num_workers)
         run.log.write(progress.step, epoch=progress.epoch - 1, mAP=result["mAP"], rank1=result["rank1"])
     accelerator.wait_for_everyone()
     if run.args.keep_best:
@@ -375,7 +375,7 @@ def write_results(run: Run) -> None:
     """Scores what was saved, as whoever loads it will."""
     output_dir = Path(run.args.output_dir)
     trained = PersonViTForReID.from_pretrained(output_dir).to(run.accelerator.device)
-    result = score(trained, run.processor, run.dataset)
+    result = score(trained, run.processor, run.dataset, num_workers=run.args.num_workers)
     results = {name: result[name] for name in ("mAP", "mINP", "rank1", "rank5", "rank10", "num_valid_queries")}
     (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print(f"mAP {100 * results['mAP']:.2f}  Rank-1 {100 * results['rank1']:.2f}  ({output_dir / 'results.json'})")

@@ -449,15 +449,15 @@ def train_epoch(run: Run, epoch: int, bar: tqdm) -> None:
 
 def score_teacher(run: Run) -> None:
     """Scores the teacher on `eval_data`, and keeps it if it is the best so far."""
-    accelerator, progress = run.accelerator, run.progress
+    accelerator, args, progress = run.accelerator, run.args, run.progress
     result, teacher = {}, whole_module(accelerator, run.model, "personvit")
     if accelerator.is_main_process:
-        result = score(teacher.to(accelerator.device), run.processor, run.eval_dataset)
+        result = score(teacher.to(accelerator.device), run.processor, run.eval_dataset, num_workers=args.num_workers)
         run.log.write(progress.step, epoch=progress.epoch - 1, mAP=result["mAP"], rank1=result["rank1"])
         warn_past_peak(run.log.path)
     accelerator.wait_for_everyone()
-    if run.args.keep_best:
-        best = Path(run.args.output_dir) / "best"
+    if args.keep_best:
+        best = Path(args.output_dir) / "best"
         save_best(accelerator, run.model, run.processor, best, progress, result.get("mAP"))
 
 

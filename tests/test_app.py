@@ -7,9 +7,11 @@ import json
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from app_server import DATA, small_checkpoint
 from PIL import Image
 from pyarrow import Table, parquet
@@ -18,6 +20,7 @@ from personvit_hf.embedding import write_embeddings
 from personvit_hf.person_images import load_person_images
 
 pytest.importorskip("gradio")
+from personvit_hf import app  # noqa: E402
 from personvit_hf.app import PersonFinder, launch_app, named_sources  # noqa: E402
 from personvit_hf.app_page import RequestError  # noqa: E402
 
@@ -225,6 +228,12 @@ def test_pictures_to_try_come_from_a_labelled_gallery(finder):
     shown = PersonFinder({"m": finder.models["one"].path}, {"demo": DATA}).examples()
     assert len(shown) == 6 and all(picture.dtype == np.uint8 for picture, _ in shown)
     assert all(re.fullmatch(r"person \d+, camera \d+", name) for _, name in shown)
+
+
+def test_models_compute_where_accelerate_does(finder, monkeypatch):
+    monkeypatch.setattr(app, "PartialState", lambda: SimpleNamespace(device=torch.device("meta")))
+    made = PersonFinder({"one": finder.models["one"].path}, finder.galleries)
+    assert made.models["one"].loaded[0].device.type == "meta"
 
 
 def test_the_ranking_comes_before_the_drawings(finder):

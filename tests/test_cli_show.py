@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from personvit_hf import PersonViTConfig, PersonViTForReID, PersonViTImageProcessor
+from personvit_hf import PersonViTConfig, PersonViTForReID, PersonViTImageProcessor, cli_show
 from personvit_hf.cli import app
 
 DATA = str(Path(__file__).parents[1] / "examples" / "data")
@@ -61,6 +62,11 @@ def test_each_picture_is_written(checkpoint, pictures, tmp_path, arguments):
     with Image.open(out) as picture:
         assert min(picture.size) > 60 and len(np.unique(np.asarray(picture))) > 20
         assert round(picture.info["dpi"][0]) == 60
+
+
+def test_models_compute_where_accelerate_does(checkpoint, monkeypatch):
+    monkeypatch.setattr("accelerate.PartialState", lambda: SimpleNamespace(device=torch.device("meta")))
+    assert cli_show._load(checkpoint, Path("picture.png"))[0].device.type == "meta"
 
 
 def test_as_a_user_runs_it(checkpoint, pictures, tmp_path):

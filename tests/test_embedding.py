@@ -1,6 +1,9 @@
 import io
 import json
 import logging
+import multiprocessing
+import os
+import subprocess
 from pathlib import Path
 
 import datasets
@@ -113,6 +116,34 @@ def test_batch_size_does_not_matter(model, arrays, embeddings, batch_size):
 
 def test_workers_do_not_matter(model, paths, embeddings):
     assert np.array_equal(embed_images(model, PROCESSOR, paths, num_workers=1), embeddings)
+
+
+def test_large_batches_of_workers_take_few_file_descriptors(model, arrays, embeddings, monkeypatch):
+    """Where they take one an image, a process that may have 1024 waits for its workers for ever."""
+    taken, forward, before = [], model.forward, len(os.listdir("/dev/fd"))
+
+    def counted(*args, **options):
+        taken.append(len(os.listdir("/dev/fd")) - before)
+        return forward(*args, **options)
+
+    monkeypatch.setattr(model, "forward", counted)
+    found = embed_images(model, PROCESSOR, arrays * 30, batch_size=105, num_workers=1)
+    assert len(taken) == 2 and max(taken) < 50
+    np.testing.assert_allclose(found, np.tile(embeddings, (30, 1)), atol=1e-6)
+
+
+def test_workers_outlive_what_stops_a_whole_job(model, paths, embeddings, monkeypatch):
+    """A training run that is told to stop while it scores ends that, and then saves."""
+    forward = model.forward
+
+    def signalled(*args, **options):
+        for worker in multiprocessing.active_children():  # by another process: its own parent's word counts
+            subprocess.run(["kill", "-TERM", str(worker.pid)], check=False)
+        return forward(*args, **options)
+
+    monkeypatch.setattr(model, "forward", signalled)
+    found = embed_images(model, PROCESSOR, paths, batch_size=1, num_workers=1)
+    np.testing.assert_allclose(found, embeddings, atol=1e-6)
 
 
 def test_no_images(model):

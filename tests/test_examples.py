@@ -646,6 +646,22 @@ def test_images_per_second_are_those_of_training(people, tmp_path, monkeypatch, 
     assert column(tmp_path, "images_per_second")[-1] > seen / 1000
 
 
+@pytest.mark.parametrize("script", ["pretrain.py", "finetune.py"])
+def test_workers_load_what_is_scored_too(people, tmp_path, monkeypatch, script):
+    data, settings = people / "unlabelled", PRETRAIN | {"eval_data": people / "market", "eval_epochs": 1}
+    if script == "finetune.py":
+        data, settings = people / "market", FINETUNE | {"eval_epochs": 1, "config_overrides": json.dumps(MODEL)}
+    embed, workers = scripting.embed_images, []
+
+    def noting(*arguments, **options):
+        workers.append(options["num_workers"])
+        return embed(*arguments, **options)
+
+    monkeypatch.setattr(scripting, "embed_images", noting)
+    run(script, data=data, output_dir=tmp_path, **settings | {"epochs": 1, "warmup_epochs": 0})
+    assert len(workers) >= 2 and set(workers) == {1}
+
+
 def test_steps_that_fp16s_scaler_leaves_out_do_not_count(people, tmp_path, monkeypatch):
     make = distributed.make_accelerator
 

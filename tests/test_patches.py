@@ -69,6 +69,20 @@ def test_the_attention_of_another_layer():
     np.testing.assert_array_equal(last, patch_tokens(model, processor(), images).attention)
 
 
+def test_pictures_go_where_the_model_is():
+    """On the meta device all is computed but the numbers: only taking them to main memory fails."""
+    model = PersonViTForReID(PersonViTConfig(image_size=[64, 32], neck_feature="after", num_labels=3, **SIZES)).to(
+        "meta"
+    )
+    devices = []
+    model.personvit.register_forward_hook(
+        lambda _, inputs, outputs: devices.extend([inputs[0].device, outputs[0].device])
+    )
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        patch_tokens(model, processor(), photographs((64, 32)))
+    assert devices == [torch.device("meta")] * 2
+
+
 @pytest.mark.parametrize("neck", ["before", "after"])
 def test_embeddings_are_those_that_retrieval_compares(neck):
     torch.manual_seed(0)

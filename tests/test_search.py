@@ -1,5 +1,6 @@
 import json
 import sys
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -150,6 +151,55 @@ def test_equal_ones_are_found_by_index(seed, size, k):
     indices, similarities = ExactIndex(gallery, {}).search(queries, k)
     np.testing.assert_array_equal(indices, np.argsort(-queries @ gallery.T, axis=1, kind="stable")[:, :k])
     np.testing.assert_array_equal(similarities, -np.sort(-queries @ gallery.T, axis=1)[:, :k])
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_equal_ones_are_found_by_index_wherever_they_stand(batch):
+    """Matrix products sum the columns at their edge in another order: the last bit of equal rows differs."""
+    rng = np.random.default_rng(0)
+    for size in range(30, 90):
+        gallery = unit_rows(rng, size, 384)
+        gallery[-1] = gallery[0]
+        queries = gallery[:1] + 0.01 * unit_rows(rng, batch, 384)
+        queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+        indices, similarities = ExactIndex(gallery, {}).search(queries, 3)
+        assert (indices[:, :2] == [0, size - 1]).all()
+        assert (ExactIndex(gallery, {}).search(queries, 1)[0] == 0).all()
+        exact = np.einsum("qd,qkd->qk", queries.astype(np.float64), gallery[indices].astype(np.float64))
+        np.testing.assert_array_equal(similarities, exact.astype(np.float32))
+
+
+def test_a_gallery_of_one_picture_is_found_by_index():
+    gallery = np.repeat(unit_rows(np.random.default_rng(0), 1, 384), 5000, axis=0)
+    indices, _ = ExactIndex(gallery, {}).search(gallery[:2], 7)
+    assert (indices == np.arange(7)).all()
+
+
+@pytest.mark.parametrize("kept_share", [0.1, 0.9])
+def test_a_wide_filter_copies_no_gallery(kept_share):
+    rng = np.random.default_rng(0)
+    gallery = unit_rows(rng, 20_000, 64)
+    camera = (rng.random(20_000) < kept_share).astype(int)
+    index = ExactIndex(gallery, {"camera_id": camera})
+    tracemalloc.start()
+    try:
+        indices, _ = index.search(gallery[:2], 5, {"camera_id": [1]})
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < gallery.nbytes / 4
+    kept = np.flatnonzero(camera)
+    np.testing.assert_array_equal(indices, kept[ExactIndex(gallery[kept], {}).search(gallery[:2], 5)[0]])
+
+
+def test_queries_that_are_no_numbers_find_what_may_be_found():
+    gallery = unit_rows(np.random.default_rng(0), 30)
+    index = ExactIndex(gallery, {"camera_id": np.arange(30) % 2})
+    indices, similarities = index.search(
+        np.stack([gallery[3], np.full(16, np.nan, np.float32)]), 4, {"camera_id": [1]}
+    )
+    assert indices[0, 0] == 3 and (indices % 2 == 1).all()
+    assert np.isfinite(similarities[0]).all() and np.isnan(similarities[1]).all()
 
 
 def test_an_index_is_kept_and_one_of_another_model_is_refused(tmp_path):

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import cv2
 import numpy as np
 import pytest
@@ -5,7 +7,14 @@ import torch
 from app_server import DATA
 from PIL import Image
 
-from personvit_hf import PersonViTConfig, PersonViTForReID, PersonViTImageProcessor, PersonViTModel, embed_images
+from personvit_hf import (
+    PersonViTConfig,
+    PersonViTForReID,
+    PersonViTImageProcessor,
+    PersonViTModel,
+    embed_images,
+    tracking,
+)
 from personvit_hf.person_images import PersonImages
 from personvit_hf.reid_data import load_reid_dataset
 from personvit_hf.tracking import BOXMOT_SIZE, TrackerEmbedder, export_boxmot
@@ -107,6 +116,14 @@ def test_no_boxes_no_features():
 def test_wrong_frames_and_boxes(boxes, frame, message):
     with pytest.raises(ValueError, match=message):
         TrackerEmbedder(*small()).get_features(boxes, frame)
+
+
+def test_a_model_is_put_where_accelerate_computes_or_where_one_says(tmp_path, monkeypatch):
+    for part in small():
+        part.save_pretrained(tmp_path)
+    monkeypatch.setattr(tracking, "PartialState", lambda: SimpleNamespace(device=torch.device("meta")))
+    assert TrackerEmbedder.from_pretrained(str(tmp_path)).model.device.type == "meta"
+    assert TrackerEmbedder.from_pretrained(str(tmp_path), device="cpu").model.device.type == "cpu"
 
 
 def test_the_feature_after_the_neck_may_be_asked_for(people, tmp_path):

@@ -18,6 +18,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+from accelerate import PartialState
 
 from .app_page import (
     MAX_UPLOAD_BYTES,
@@ -55,8 +56,9 @@ class _Model:
 
     @cached_property
     def loaded(self) -> tuple[Any, Any]:
-        """Model and image processor."""
-        return load_embedder(self.path)
+        """Model and image processor; on a GPU if there is one."""
+        model, processor = load_embedder(self.path)
+        return model.to(PartialState().device), processor
 
     def patches(self, images: list[np.ndarray]) -> PatchTokens:
         """Patches of pictures of any size, finer than in a search if that is coarse; the features are a search's."""

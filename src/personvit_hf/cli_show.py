@@ -163,12 +163,15 @@ def map(
 
 
 def _load(model: str, out: Path) -> tuple[PreTrainedModel, BaseImageProcessor]:
-    """The model and its image processor, once it is known that the picture can be written."""
+    """The model, on a GPU if there is one, and its image processor; the name of the picture is checked first."""
+    from accelerate import PartialState
+
     from .loading import load_embedder
     from .visualization import check_figure_name
 
     check_figure_name(out)
-    return load_embedder(model)
+    network, processor = load_embedder(model)
+    return network.to(PartialState().device), processor
 
 
 def _save(figure: Figure, out: Path, dpi: int) -> None:

@@ -26,6 +26,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from .dataset_loading import EMBEDDINGS_FILE as SETTINGS_FILE
 from .files import read_json, require_writable_folder, written_aside
 from .person_images import BrokenImage, BrokenImageBudget, PersonImages, decode_image, rgb_pixels, split_broken
+from .preemption import ignore_stop_requests
 
 SHARD_IMAGES = 4096
 logger = logging.getLogger(__name__)
@@ -82,6 +83,21 @@ def _of_known_white(picture: Image.Image) -> Image.Image:
     return picture
 
 
+def _stack_good(
+    items: Sequence[tuple[int, torch.Tensor] | BrokenImage],
+) -> tuple[tuple[int, ...], torch.Tensor | None, list[BrokenImage]]:
+    """Indices and pixels of a batch's good images, and its broken ones.
+
+    One tensor leaves a worker, not one an image: each takes a file descriptor of the process that gets it, of which
+    large batches would use up all.
+    """
+    good, broken = split_broken(items)
+    if not good:
+        return (), None, broken
+    indices, pixel_values = zip(*good, strict=True)
+    return indices, torch.stack(pixel_values), broken
+
+
 @torch.inference_mode()
 def embed_images(
     model: PreTrainedModel,
@@ -123,7 +139,8 @@ def embed_images(
         processed,
         batch_size=batch_size,
         num_workers=num_workers,
-        collate_fn=split_broken,
+        collate_fn=_stack_good,
+        worker_init_fn=ignore_stop_requests,  # a run that is told to stop while it scores ends that first
         # of its own, so that scoring a model draws nothing from the generator that its training uses
         generator=torch.Generator(),
     )
@@ -132,15 +149,14 @@ def embed_images(
     modes = {module: module.training for module in model.modules()}  # a teacher's batch norms train, the rest doesn't
     model.eval()
     try:
-        for items, broken in tqdm(loader, desc="Embedding", disable=not progress):
-            budget.count(broken, len(items) + len(broken))
-            if not items:
+        for indices, pixel_values, broken in tqdm(loader, desc="Embedding", disable=not progress):
+            budget.count(broken, len(indices) + len(broken))
+            if pixel_values is None:
                 continue
-            indices, pixel_values = zip(*items, strict=True)
             sides = {}
             if camera_ids is not None:
                 sides["camera_ids"] = torch.tensor([int(camera_ids[i]) for i in indices], device=model.device)
-            outputs = model(torch.stack(pixel_values).to(model.device), **sides)
+            outputs = model(pixel_values.to(model.device), **sides)
             features = outputs["embeddings"] if "embeddings" in outputs else outputs["pooler_output"]
             features = torch.nn.functional.normalize(features.float(), dim=-1).cpu()
             _require_finite(features, pixel_values, indices, model, processor)
@@ -154,7 +170,7 @@ def embed_images(
 
 def _require_finite(
     features: torch.Tensor,
-    pixel_values: Sequence[torch.Tensor],
+    pixel_values: torch.Tensor,
     indices: Sequence[int],
     model: PreTrainedModel,
     processor: BaseImageProcessor,

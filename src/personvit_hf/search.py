@@ -31,6 +31,9 @@ FAISS_KINDS = {"flat": "Flat", "ivfpq": "IVF{cells},PQ{parts}x4fs", "hnsw": "HNS
 # Compressed vectors only tell which so many times k images to compare with the query themselves.
 _COMPRESSED_FETCH = 10
 _BLOCK_ELEMENTS = 2**24
+_COPY_ELEMENTS = 2**20
+# Copying an embedding takes as long as products of it with so many queries; those with 1 take as long as those with 3.
+_COPY_QUERIES, _LEAST_QUERIES = 8, 3
 # Numbers in a request to Qdrant: some 5 MB of JSON, of the 32 MB that a server takes.
 _QDRANT_NUMBERS = 2**18
 _QDRANT_TIMEOUT = 60  # seconds
@@ -62,43 +65,58 @@ class ExactIndex:
 
         Returns:
             int64 (queries, k) gallery indices, most similar first, equal ones by index, -1 where the filters leave no
-            more; and float32 (queries, k) cosine similarities, NaN there.
+            more; and float32 (queries, k) cosine similarities, NaN there. Those are summed in float64 and rounded
+            once: the same pair has the same similarity in every call.
 
         Raises:
             ValueError: A filter names a column that there is not or values of another kind than it holds, the widths
                 differ, or k is below 1.
         """
         k = _checked_k(k, queries, *self.embeddings.shape)
-        kept = _matching(self.columns, len(self.embeddings), where, exclude)
+        kept, gallery = _matching(self.columns, len(self.embeddings), where, exclude), self.embeddings
+        columns = None
         if kept is None:
-            kept, gallery = np.arange(len(self.embeddings)), self.embeddings
-        else:
-            gallery = self.embeddings[kept]
+            kept = np.arange(len(gallery))
+        elif _COPY_QUERIES * len(kept) < max(len(queries), _LEAST_QUERIES) * (len(gallery) - len(kept)):
+            gallery = gallery[kept]
+        else:  # products with those left out, too, take less than a copy of these
+            columns = kept
         indices = np.full((len(queries), k), -1, np.int64)
         similarities = np.full((len(queries), k), np.nan, np.float32)
         count = min(k, len(kept))
-        step = max(1, _BLOCK_ELEMENTS // max(1, len(kept)))
+        step = max(1, _BLOCK_ELEMENTS // max(1, len(gallery)))
         for start in range(0, len(queries) if count else 0, step):
-            block = queries[start : start + step] @ gallery.T
-            nearest = np.argpartition(block, -count, axis=1)[:, -count:]
-            _prefer_first(nearest, block)
-            values = np.take_along_axis(block, nearest, axis=1)
-            order = np.argsort(-values, axis=1, kind="stable")
-            indices[start : start + step, :count] = kept[np.take_along_axis(nearest, order, axis=1)]
-            similarities[start : start + step, :count] = np.take_along_axis(values, order, axis=1)
+            part = slice(start, start + step)
+            block = queries[part] @ gallery.T
+            if columns is not None:
+                block = block.take(columns, axis=1)  # unlike block[:, columns] with rows that lie together
+            rows, near = _nearest(block, count, gallery.shape[1])
+            near = kept[near]
+            exact = _exact_products(queries[part], rows, self.embeddings, near)
+            order = np.lexsort((-exact, rows))  # stable: equal ones stay by index
+            best = order[np.searchsorted(rows, np.arange(len(block)))[:, None] + np.arange(count)]
+            indices[part, :count], similarities[part, :count] = near[best], exact[best]
         return indices, similarities
 
 
-def _prefer_first(nearest: np.ndarray, similarities: np.ndarray) -> None:
-    """Of entries as similar as the least of a row's `nearest`, puts those in that come first; sorts by index."""
-    values = np.take_along_axis(similarities, nearest, axis=1)
-    least = values.min(axis=1, keepdims=True)
-    too_many = (similarities == least).sum(axis=1) > (values == least).sum(axis=1)
-    for row in np.flatnonzero(too_many):
-        nearer = np.flatnonzero(similarities[row] > least[row])
-        equal = np.flatnonzero(similarities[row] == least[row])
-        nearest[row] = np.concatenate([nearer, equal[: nearest.shape[1] - nearer.size]])
-    nearest.sort(axis=1)
+def _nearest(block: np.ndarray, count: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """(row, column) of each float32 product that may be among the `count` largest of its row, in order; NaN may."""
+    least = block.max(axis=1) if count == 1 else np.partition(block, -count, axis=1)[:, -count]
+    # A float32 scalar product of unit vectors is off by at most width x 2^-24, in whatever order it is summed, and
+    # equal rows at different places are summed in different orders. The rest is for rounding.
+    margin = np.float32(2 * (width + 16) * 2.0**-24)
+    return np.divmod(np.flatnonzero(~(block < (least - margin)[:, None])), block.shape[1])
+
+
+def _exact_products(queries: np.ndarray, rows: np.ndarray, gallery: np.ndarray, near: np.ndarray) -> np.ndarray:
+    """(pairs,) float32 scalar products of `queries[rows]` and `gallery[near]`, summed one by one in float64."""
+    products = np.empty(len(rows), np.float32)
+    step = max(1, _COPY_ELEMENTS // gallery.shape[1])
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        pair = queries[rows[part]].astype(np.float64), gallery[near[part]].astype(np.float64)
+        products[part] = np.einsum("nd,nd->n", *pair)
+    return products
 
 
 class FaissIndex:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -39,7 +40,9 @@ class TrackerEmbedder:
         self.model, self.processor, self.batch_size = model, processor, batch_size
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str, neck_feature: str | None = None) -> TrackerEmbedder:
+    def from_pretrained(
+        cls, name_or_path: str, neck_feature: str | None = None, device: str | torch.device | None = None
+    ) -> TrackerEmbedder:
         """An embedder of a checkpoint.
 
         Args:
@@ -47,6 +50,7 @@ class TrackerEmbedder:
             neck_feature: "before" or "after" the BNNeck, for fine-tuned models; as the checkpoint has it if not given.
                 Trackers compare distances with a threshold: after the BNNeck, which takes the features' mean away,
                 they spread, while before it all can lie close to 0.
+            device: Where to compute; a GPU if there is one, if not given.
 
         Raises:
             OSError, ValueError: As in `load_embedder`; or there is no neck, or no such place.
@@ -59,7 +63,7 @@ class TrackerEmbedder:
                     f"{type(model).__name__}."
                 )
             model.config.neck_feature = neck_feature
-        return cls(model, processor)
+        return cls(model.to(device or PartialState().device), processor)
 
     def get_features(self, boxes: np.ndarray, frame: np.ndarray) -> np.ndarray:
         """Features of the boxes of a frame.
