@@ -1,11 +1,15 @@
+import multiprocessing
 import os
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 from layouts import picture, to_archive
 
-from personvit_hf.file_trees import UnreadableFile, open_tree, read_address
+from personvit_hf import file_trees, shared_files
+from personvit_hf.file_trees import FileTree, UnreadableFile, open_tree, read_address
+from personvit_hf.person_images import image_trees, load_person_images
 
 
 @pytest.mark.parametrize("suffix", [".zip", ".tar"])
@@ -53,3 +57,108 @@ def test_an_lmdb_that_is_cut_off(tmp_path):
     # in a process of its own, since reading behind the end would kill it
     done = subprocess.run([sys.executable, "-c", CODE_OPENING, *paths], capture_output=True, text=True)
     assert (done.returncode, done.stdout.splitlines()) == (0, lines), done.stderr
+
+
+@pytest.fixture
+def listed(monkeypatch):
+    """How often each path is listed."""
+    counts, init = Counter(), FileTree.__init__
+
+    def counted(tree, path):
+        counts[path.name] += 1
+        init(tree, path)
+
+    monkeypatch.setattr(FileTree, "__init__", counted)
+    return counts
+
+
+def test_many_archives_are_listed_once_and_few_stay_open(tmp_path, listed):
+    members = {f"{name}.jpg": picture(seed) for seed, name in enumerate("ab")}
+    for index in range(150):
+        to_archive(tmp_path / "many" / f"{index:03}.{'tar' if index % 2 else 'zip'}", members)
+    rows = load_person_images(tmp_path / "many")
+    before = len(os.listdir("/dev/fd"))
+    for row in [*range(0, 300, 2), *range(1, 300, 2)]:
+        assert read_address(rows[row]["image"]["path"]) == members["ab"[row % 2] + ".jpg"]
+    assert len(listed) == 150 and set(listed.values()) == {1}
+    assert len(os.listdir("/dev/fd")) <= before + 64
+
+
+def read_in_turn(addresses, expected, start, connection):
+    """What a worker does; the start makes all of them read at once."""
+    start.wait()
+    connection.send(all(read_address(address) == expected[address] for address in addresses * 20))
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".tar", ".lmdb"])
+def test_forks_inherit_the_list_and_read_at_once(tmp_path, suffix, listed):
+    members = {f"{index:03}.jpg": bytes([index]) * (1000 + 997 * index) for index in range(100)}
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".lmdb":
+        lmdb = pytest.importorskip("lmdb")
+        with lmdb.open(str(path), map_size=2**26) as database, database.begin(write=True) as transaction:
+            for name, content in members.items():
+                transaction.put(name.encode(), content)
+    else:
+        to_archive(path, members)
+    (tree,) = image_trees(path)
+    expected = {tree.address(name): members[name] for name in tree.names}
+    assert all(read_address(address) == content for address, content in expected.items())
+    forks, addresses = multiprocessing.get_context("fork"), list(expected)
+    file_trees.open_tree = None  # of the workers: they have the list
+    start, workers, answers = forks.Barrier(4), [], []
+    try:
+        for part in range(4):
+            answer, connection = forks.Pipe(duplex=False)
+            arguments = (addresses[part * 25 :] + addresses[: part * 25], expected, start, connection)
+            workers.append(forks.Process(target=read_in_turn, args=arguments))
+            workers[-1].start()
+            connection.close()
+            answers.append(answer)
+    finally:
+        file_trees.open_tree = open_tree
+    assert [answer.recv() for answer in answers] == [True] * 4
+    for worker in workers:
+        worker.join()
+    assert listed == {path.name: 1}
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".tar"])
+def test_a_replaced_archive_is_listed_anew(tmp_path, suffix):
+    path = to_archive(tmp_path / f"a{suffix}", {"a.jpg": picture(0), "b.jpg": picture(1)})
+    (tree,) = image_trees(path)
+    address = tree.address("b.jpg")
+    assert read_address(address) == picture(1)
+    to_archive(tmp_path / f"new{suffix}", {"0.jpg": picture(5), "b.jpg": picture(2)}).replace(path)
+    os.utime(path, ns=(0, tree.state[1] + 1))  # however coarse the clock
+    assert read_address(address) == picture(2)
+    with pytest.raises(UnreadableFile, match="no such file"):
+        read_address(tree.address("a.jpg"))
+    assert image_trees(path)[0].names == ["0.jpg", "b.jpg"]
+    path.unlink()
+    with pytest.raises(UnreadableFile):
+        read_address(address)
+
+
+@pytest.mark.parametrize("suffix", [".zip", ".tar"])
+def test_a_list_is_not_used_on_another_archive(tmp_path, suffix):
+    """Its places would cut any bytes out of it."""
+    path = to_archive(tmp_path / f"a{suffix}", {"a.jpg": picture(0)})
+    tree = open_tree(path)
+    shared_files._opened.cache_clear()
+    to_archive(path, {"0.jpg": picture(5), "a.jpg": picture(2)})
+    os.utime(path, ns=(0, tree.state[1] + 1))
+    with pytest.raises(UnreadableFile, match="replaced since it was listed"):
+        tree.read("a.jpg")
+    assert tree.stamp("a.jpg") != open_tree(path).stamp("a.jpg")
+
+
+def test_the_error_of_a_zip_that_may_not_be_read(tmp_path, monkeypatch):
+    path = to_archive(tmp_path / "a.zip", {"a.jpg": picture(0)})
+
+    def refuse(*arguments):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(shared_files, "_opened", refuse)
+    with pytest.raises(PermissionError, match="denied"):
+        open_tree(path)

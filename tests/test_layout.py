@@ -35,7 +35,7 @@ HUB_LIBRARIES = {"torch", "torchvision", "numpy", "transformers", "huggingface_h
 MODEL_FREE_FILES = [
     *("masking.py", "augmentation.py", "sampling.py", "schedules.py", "reid_data.py", "person_images.py"),
     *("file_trees.py", "reid_layouts.py", "preparing.py", "shards.py", "streaming.py", "dataset_loading.py"),
-    *("tracks.py", "detection.py", "video.py"),
+    *("tracks.py", "detection.py", "video.py", "shared_files.py"),
 ]
 
 every_module = pytest.mark.parametrize("file", MODULES)

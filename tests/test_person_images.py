@@ -72,6 +72,40 @@ def test_links_are_followed_once(tree, tmp_path):
     assert {"linked/far.png", "file.png"} <= set(names)
 
 
+def test_a_folder_is_listed_without_a_look_at_each_image(tree, monkeypatch):
+    names = paths(load_person_images(tree))
+    for index in range(200):
+        (tree / f"{index:03}.jpg").write_bytes(b"")
+    looked, stat = [], os.stat
+    monkeypatch.setattr(os, "stat", lambda path, **options: (looked.append(path), stat(path, **options))[1])
+    assert paths(load_person_images(tree)) == sorted([*names, *(f"{tree}/{index:03}.jpg" for index in range(200))])
+    assert len([path for path in looked if str(path).endswith(".jpg")]) < 10
+
+
+def lmdb_at(path, **options):
+    lmdb = pytest.importorskip("lmdb")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with lmdb.open(str(path), map_size=2**20, **options) as database, database.begin(write=True) as transaction:
+        transaction.put(path.name.encode(), picture())
+
+
+def test_forms_of_lmdb_in_a_folder(tmp_path):
+    for name in ("plain", "named.lmdb", "deep/er"):
+        lmdb_at(tmp_path / name)  # folders, with lock.mdb
+    for name in ("one.mdb", "two.LMDB", "deep/three.lmdb"):
+        lmdb_at(tmp_path / name, subdir=False)
+    (tmp_path / "no.mdb").mkdir()
+    (tmp_path / "gone.mdb").symlink_to("nowhere")
+    found = paths(load_person_images(tmp_path))
+    assert [path.removesuffix(f"::{tmp_path}{path.rpartition(str(tmp_path))[2]}") for path in found] == [
+        f"lmdb://{name}" for name in ("er", "three.lmdb", "named.lmdb", "one.mdb", "plain", "two.LMDB")
+    ]
+    assert all(decode_image(path).shape == (5, 3, 3) for path in found)
+    (tmp_path / "loose.png").write_bytes(picture())
+    with pytest.raises(ValueError, match=r"archives \(er\) beside loose images \(loose.png\)"):
+        load_person_images(tmp_path)
+
+
 def parquet(path, config_rows=3):
     images = [{"bytes": picture(size=(3, 5 + index)), "path": f"{index}.png"} for index in range(config_rows)]
     features = datasets.Features({"image": datasets.Image(), "frame": datasets.Value("int64")})

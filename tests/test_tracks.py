@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from personvit_hf import tracks
 from personvit_hf.tracks import (
     Boxes,
     CropRules,
@@ -65,6 +66,8 @@ def test_json_of_detectors(tmp_path):
         ("a.txt", b"0,1,0,0,5,9\n", "line 1: expected a frame from 1 and a box"),
         ("a.txt", b"1e99,1,0,0,5,9\n", "line 1: expected a frame from 1 and a box"),
         ("a.txt", b"inf,1,0,0,5,9\n", "line 1: expected frame,id"),
+        ("a.txt", b"1,1e19,0,0,5,9\n", "line 1: expected a track id of at most 64 bits"),
+        ("a.txt", b"1,1,0,0,5,9\n \n", "line 2: expected frame,id"),
         ("a.txt", b"\xff\xfe\x00", "no text"),
         ("a.json", b"{", "no JSON"),
         ("a.json", b"[" * 100_000, "no JSON"),
@@ -82,6 +85,28 @@ def test_bad_boxes(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"{name}.*{message}"):
         read_boxes(tmp_path / name)
+
+
+@pytest.mark.parametrize("columns", [6, 7, 9, 10])
+def test_files_without_fault_are_read_at_once(tmp_path, monkeypatch, columns):
+    rng = np.random.default_rng(0)
+    rows = np.round(rng.uniform(1, 50, (300, columns)), 3)
+    rows[:, :2] = rng.integers(1, 40, (300, 2))
+    if columns > 6:
+        rows[:, 6:8] = rng.integers(0, 3, rows[:, 6:8].shape)
+    file = tmp_path / "a.txt"
+    file.write_text("\n\n".join(",".join(f"{value:g}" for value in row) for row in rows))
+    line_by_line = tracks._mot_rows
+    monkeypatch.setattr(tracks, "_mot_rows", None)
+    boxes = read_boxes(file)
+    monkeypatch.setattr(tracks, "_mot_rows", line_by_line)
+    monkeypatch.setattr(tracks, "_mot_boxes", lambda text: None)
+    expected = read_boxes(file)
+    assert 20 < len(boxes) == len(expected)
+    for name, values in vars(boxes).items():
+        found = getattr(expected, name)
+        assert values.dtype == found.dtype
+        np.testing.assert_array_equal(values, found)
 
 
 def test_no_boxes_there(tmp_path):

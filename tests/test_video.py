@@ -40,10 +40,10 @@ def people(tmp_path_factory):
     return write_video(folder / "two people.avi"), write_boxes(folder / "two people.json")
 
 
-def write_video(path, num_frames=NUM_FRAMES):
+def write_video(path, num_frames=NUM_FRAMES, fourcc="MJPG"):
     rng = np.random.default_rng(0)
     textures = [np.repeat(rng.integers(0, 256, (12, 5, 1), dtype=np.uint8), 3, axis=2) for _ in range(2)]  # grey: JPEG
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 10, (240, 160))
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*fourcc), 10, (240, 160))
     for number in range(1, num_frames + 1):
         frame = np.full((160, 240, 3), 128, np.uint8)
         for texture, (left, top, width, height) in zip(textures, places(number), strict=True):
@@ -103,9 +103,15 @@ def test_chunks_are_read_in_one_go(people, tmp_path, monkeypatch):
         def __init__(self, *arguments):
             self.capture = real(*arguments)
             self.read, self.retrieve, self.release = self.capture.read, self.capture.retrieve, self.capture.release
+            self.decodes = True
+
+        def set(self, name, value):
+            self.decodes = (name, value) != (cv2.CAP_PROP_FORMAT, -1)
+            return self.capture.set(name, value)
 
         def grab(self):
-            grabbed.append(1)
+            if self.decodes:
+                grabbed.append(1)
             return self.capture.grab()
 
     frames = VideoFrames(people[0])
@@ -125,7 +131,7 @@ def test_chunks_are_read_in_one_go(people, tmp_path, monkeypatch):
     (tmp_path / "boxes.json").write_text(json.dumps(boxes))
     rules = CropRules(min_height=40, min_track_boxes=3, every=1, min_sharpness=10)
     assert crops_from_videos([people[0]], tmp_path / "out", [tmp_path / "boxes.json"], rules=rules).kept == 40
-    assert len(grabbed) == NUM_FRAMES + 20  # to count the frames, and up to the last wanted
+    assert len(grabbed) == 20  # up to the last wanted: packets are counted, not frames
 
 
 def test_heads_are_blurred(people, tmp_path):
@@ -259,6 +265,39 @@ def test_video_cut_off_in_the_middle(people, tmp_path):
     assert report.kept + sum(report.skipped.values()) == 2 * NUM_FRAMES
 
 
+@pytest.mark.parametrize("kind", ["MJPG.avi", "mp4v.mp4", "mp4v.mkv", "VP80.webm"])
+def test_packets_tell_the_frames_of_a_whole_video(tmp_path, kind):
+    frames = VideoFrames(write_video(tmp_path / kind, fourcc=kind[:4]))
+    assert [frames.count_with(last) for last in (0, NUM_FRAMES, 999)] == [NUM_FRAMES] * 3 == [frames.count] * 3
+
+
+def test_boxes_behind_a_damage_that_ends_the_video(people, tmp_path):
+    pictures = people[0].read_bytes().split(b"\xff\xd8\xff")
+    damaged, num_frames = tmp_path / "damaged.avi", 20
+    whole, broken = pictures[: num_frames + 1], pictures[num_frames + 1 :]
+    damaged.write_bytes(bytes(603).join([b"\xff\xd8\xff".join(whole), *(picture[600:] for picture in broken)]))
+    assert (VideoFrames(damaged).count, VideoFrames(damaged).count_with(30)) == (num_frames, NUM_FRAMES)
+    boxes = [entry for entry in json.loads(people[1].read_text()) if entry["frame"] <= 30]
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    rules = CropRules(min_height=40, min_track_boxes=3, every=1, min_sharpness=0)
+    for _ in range(2):
+        report = crops_from_videos([damaged], tmp_path / "out", [tmp_path / "boxes.json"], rules=rules)
+        assert report.kept == 2 * num_frames
+        assert report.skipped == {"frame not in the video": 2 * (30 - num_frames)}
+
+
+def test_boxes_from_a_file_need_no_torch(people, tmp_path):
+    code = (
+        "import sys\n"
+        "from personvit_hf import video\n"
+        "rules = video.CropRules(min_height=40, min_track_boxes=3, every=4, min_sharpness=10)\n"
+        "video.crops_from_videos([sys.argv[1]], sys.argv[3], [sys.argv[2]], rules=rules)\n"
+        "assert not {'torch', 'torchvision'} & sys.modules.keys()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *people, tmp_path / "out"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("box", [(-5, -5, 20, 20), (230, 150, 50, 50), (500, 500, 5, 5), (-50, -50, 5, 5)])
 def test_boxes_beyond_the_frame(box):
     crop = cut_out(np.zeros((160, 240, 3), np.uint8), np.array(box, np.float32))
@@ -290,11 +329,11 @@ def test_detector_by_a_file_of_weights_goes_on_after_its_last_chunk(people, weig
     assert report.kept + sum(report.skipped.values()) == len(detections)
     for file in out.glob("train-*.parquet"):
         file.unlink()
-    video_module.PersonDetector.__call__, call = None, video_module.PersonDetector.__call__
+    PersonDetector.__call__, call = None, PersonDetector.__call__
     try:
         assert crops_from_videos([people[0]], out, **options).kept == report.kept  # detected no second time
     finally:
-        video_module.PersonDetector.__call__ = call
+        PersonDetector.__call__ = call
 
 
 def test_detections_are_boxes_of_people(weights):

@@ -17,11 +17,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from .shared_files import SharedFile, read_part, size_and_time
+
 # Largest file read, in bytes. A person crop has some 10,000.
 MAX_FILE_BYTES = 2**26
 
 TAR_SUFFIXES = (".tar",)
 COMPRESSED_TAR_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+LMDB_SUFFIXES = (".mdb", ".lmdb")
 ARCHIVE_SUFFIXES = (".zip", *TAR_SUFFIXES, *COMPRESSED_TAR_SUFFIXES)
 
 _MAX_TAR_HEADER_BYTES = 2**20
@@ -49,6 +52,7 @@ class FileTree:
 
     Attributes:
         path: The folder or file.
+        state: Its size in bytes and time of change in ns when it was listed; None where that isn't told.
         names: Files that may be read, sorted; "/" parts folders.
         skipped: Why others may not: {reason: names}.
     """
@@ -57,6 +61,7 @@ class FileTree:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.state = _state(path)
         self.names: list[str] = []
         self.skipped: dict[str, list[str]] = {}
 
@@ -71,9 +76,10 @@ class FileTree:
     def stamp(self, name: str) -> tuple[int, int] | None:
         """What tells that a file was replaced without reading it: size in bytes and time of change in ns.
 
-        Of an archive or LMDB its own, which has changed if any member has. None where nothing is told.
+        Of an archive or LMDB its own when it was listed, which has changed if any member has. None where nothing is
+        told.
         """
-        return _size_and_time(self.path)
+        return self.state
 
     def address(self, name: str) -> str:
         """Where `read_address` finds the file: a path, or "zip://<member>::<archive>"."""
@@ -100,10 +106,10 @@ class FolderTree(FileTree):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
+        prefix = os.path.join(path, "")
         for file in walk_files(path, hidden=True):
-            name = Path(os.path.relpath(file, path)).as_posix()
-            reason = _odd_name(name)
-            self._list_or_skip(name, reason)
+            name = file.removeprefix(prefix)
+            self._list_or_skip(name, _odd_name(name))
         self.names.sort()
 
     def read(self, name: str) -> bytes:
@@ -112,11 +118,11 @@ class FolderTree(FileTree):
 
     def stamp(self, name: str) -> tuple[int, int] | None:
         """As in `FileTree`."""
-        return _size_and_time(self.path / name)
+        return size_and_time(os.path.join(self.path, name))
 
     def address(self, name: str) -> str:
         """The path."""
-        return str(self.path / name)
+        return os.path.join(self.path, name)
 
 
 class ZipTree(FileTree):
@@ -127,7 +133,7 @@ class ZipTree(FileTree):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         try:
-            self._zip = zipfile.ZipFile(path)
+            self._zip = zipfile.ZipFile(SharedFile(path, self.state))
             members = self._zip.infolist()
         except OSError:
             raise
@@ -179,12 +185,18 @@ class TarTree(FileTree):
         self.is_compressed = path.name.lower().endswith(COMPRESSED_TAR_SUFFIXES)
         self._places: dict[str, tuple[int, int]] = {}
         try:
-            self._tar = tarfile.open(path, "r:*" if self.is_compressed else "r:", tarinfo=_BoundedTarInfo)
+            tar = tarfile.open(path, "r:*" if self.is_compressed else "r:", tarinfo=_BoundedTarInfo)
         except (tarfile.TarError, EOFError) as error:
             raise ValueError(
                 f"{path}: no tar archive that can be read, or cut off ({error}). Fetch the file again."
             ) from error
-        self._list()
+        try:
+            self._list(tar)
+        finally:
+            if self.is_compressed:
+                self._tar = tar
+            else:
+                tar.close()
         self.names = sorted(self._places)
 
     def position(self, name: str) -> int:
@@ -198,21 +210,21 @@ class TarTree(FileTree):
             if self.is_compressed:
                 self._tar.fileobj.seek(start)
                 content = self._tar.fileobj.read(size)
-            else:  # leaves the file's position alone, which forked processes share
-                content = os.pread(self._tar.fileobj.fileno(), size, start)
+            else:
+                content = read_part(self.path, self.state, start, size)
         except Exception as error:
             raise self._unreadable(name, "cut off or damaged", error) from error
         if len(content) < size:
             raise self._unreadable(name, "cut off or damaged", f"{len(content)} of {size} bytes")
         return content
 
-    def _list(self) -> None:
+    def _list(self, tar: tarfile.TarFile) -> None:
         file_size = self.path.stat().st_size
         limit = _MAX_COMPRESSION * file_size + 2**28 if self.is_compressed else None
         name = ""
         try:
-            while (member := self._tar.next()) is not None:
-                self._tar.members = []  # it would keep them all, a kilobyte each
+            while (member := tar.next()) is not None:
+                tar.members = []  # it would keep them all, a kilobyte each
                 name = member.name
                 if limit is not None and member.offset_data + member.size > limit:
                     raise ValueError(
@@ -221,7 +233,7 @@ class TarTree(FileTree):
                     )
                 if not member.isdir():
                     self._add(member)
-            end = getattr(self._tar, "last_block", b"")
+            end = getattr(tar, "last_block", b"")
         except (tarfile.TarError, EOFError, OSError) as error:
             end = str(error).encode()
         if end.strip(b"\0") or len(end) < tarfile.BLOCKSIZE:  # two blocks of zeros end a tar
@@ -296,10 +308,6 @@ class LmdbTree(FileTree):
                 raise self._unreadable(name, "file too large", f"{len(content)} bytes")
             return bytes(content)
 
-    def stamp(self, name: str) -> tuple[int, int] | None:
-        """As in `FileTree`."""
-        return _size_and_time(self._file)
-
     def _require_whole(self, database: Any) -> None:
         """LMDB reads through a mapping of the file: a page behind its end kills the process (SIGBUS)."""
         expected = (database.info()["last_pgno"] + 1) * database.stat()["psize"]
@@ -353,7 +361,7 @@ def given_path(path: str | os.PathLike) -> Path:
 def is_lmdb(path: Path) -> bool:
     """Whether `path` is an LMDB by its names."""
     return (path / "data.mdb").is_file() or (
-        path.is_file() and path.suffix.lower() in (".mdb", ".lmdb") and path.name != "lock.mdb"
+        path.is_file() and path.suffix.lower() in LMDB_SUFFIXES and path.name != "lock.mdb"
     )
 
 
@@ -368,7 +376,7 @@ def read_address(address: str | os.PathLike) -> bytes:
         return read_file(address)
     name, path = _split_address(parts[1])
     try:
-        tree = _opened_tree(path, os.getpid())
+        tree = opened_tree(path)
     except (OSError, ValueError) as error:
         raise UnreadableFile(f"{address}: {error}", "can't be opened") from error
     try:
@@ -384,9 +392,20 @@ def _split_address(address: str) -> tuple[str, str]:
     return next((split for split in splits if os.path.isabs(split[1]) and os.path.exists(split[1])), splits[-1])
 
 
-@functools.lru_cache(maxsize=64)
-def _opened_tree(path: str, process_id: int) -> FileTree:
-    """By process: an open archive has a position in its file, which a forked worker must not share."""
+def opened_tree(path: str | os.PathLike) -> FileTree:
+    """`open_tree` of an archive or LMDB, which is listed once for each of its states; forks inherit the list.
+
+    Raises:
+        As `open_tree`.
+    """
+    path = os.fspath(path)
+    # The position in a compressed tar must not be shared by processes; of others nothing is.
+    reader = os.getpid() if path.lower().endswith(COMPRESSED_TAR_SUFFIXES) else None
+    return _opened_tree(path, _state(path), reader)
+
+
+@functools.lru_cache(maxsize=2**14)
+def _opened_tree(path: str, state: tuple[int, int] | None, reader: int | None) -> FileTree:
     return open_tree(path)
 
 
@@ -407,12 +426,9 @@ def read_file(path: str | os.PathLike) -> bytes:
         raise UnreadableFile(f"{path}: can't be opened: {error.strerror}.", "can't be opened") from error
 
 
-def _size_and_time(path: Path) -> tuple[int, int] | None:
-    try:
-        status = os.stat(path)
-    except OSError:  # such as a link to nothing
-        return None
-    return status.st_size, status.st_mtime_ns
+def _state(path: str | os.PathLike) -> tuple[int, int] | None:
+    """Size and time of a file, or of an LMDB's in its folder."""
+    return size_and_time(os.path.join(path, "data.mdb")) or size_and_time(path)
 
 
 def walk_files(root: Path, hidden: bool = False) -> Iterable[str]:
@@ -467,14 +483,3 @@ def warn_of_skipped(tree: FileTree) -> None:
     if told:
         counts = "; ".join(f"{len(names)} x {reason} ({names[0]})" for reason, names in told.items())
         warnings.warn(f"{tree.path}: passed over {counts}.", stacklevel=3)
-
-
-def warn_of_test_pictures(folder: Path) -> None:
-    """Of a Market-1501 tree all pictures are read, and those that models are tested on should teach none."""
-    found = [name for name in ("query", "bounding_box_test") if (folder / name).is_dir()]
-    if found and (folder / "bounding_box_train").is_dir():
-        warnings.warn(
-            f"{folder}: the test pictures in {' and '.join(found)} are read, too. "
-            f"Give {folder / 'bounding_box_train'} for the training pictures alone.",
-            stacklevel=3,
-        )

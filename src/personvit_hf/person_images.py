@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,16 +22,17 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from .dataset_loading import literal, load_rows, parquet_files, readme_configs, with_image_column
 from .file_trees import (
     ARCHIVE_SUFFIXES,
+    LMDB_SUFFIXES,
     FileTree,
     TarTree,
     UnreadableFile,
     given_path,
     is_lmdb,
     open_tree,
+    opened_tree,
     read_address,
     walk_files,
     warn_of_skipped,
-    warn_of_test_pictures,
 )
 
 logger = logging.getLogger(__name__)
@@ -93,7 +95,7 @@ def load_person_images(
         _require_no_loose_images(source, shards)
         rows = load_rows(source, config="unlabelled", split="train")
     else:
-        warn_of_test_pictures(source)
+        _warn_of_test_pictures(source)
         addresses = []
         for tree in image_trees(source):
             if isinstance(tree, TarTree) and tree.is_compressed:
@@ -110,6 +112,17 @@ def load_person_images(
         )
     columns = ["image", *(column for column in keep if column in rows.column_names)]
     return with_image_column(rows, name_or_path, decode=False).select_columns(columns)
+
+
+def _warn_of_test_pictures(folder: Path) -> None:
+    """Of a Market-1501 tree all pictures are read, and those that models are tested on should teach none."""
+    found = [name for name in ("query", "bounding_box_test") if (folder / name).is_dir()]
+    if found and (folder / "bounding_box_train").is_dir():
+        warnings.warn(
+            f"{folder}: the test pictures in {' and '.join(found)} are read, too. "
+            f"Give {folder / 'bounding_box_train'} for the training pictures alone.",
+            stacklevel=3,
+        )
 
 
 def _require_no_loose_images(folder: Path, shards: list[str]) -> None:
@@ -206,21 +219,21 @@ def image_trees(source: Path) -> list[FileTree]:
                 f"{source}: expected a folder of images, a folder of parquet files, a .parquet file, an archive "
                 f"({', '.join(ARCHIVE_SUFFIXES)}) or an LMDB."
             )
-        return [open_tree(source)]
-    files = [Path(file) for file in walk_files(source)]
-    inner = {file for file in files if file.name.lower().endswith(ARCHIVE_SUFFIXES)}
-    inner |= {
-        file.parent if file.name == "data.mdb" else file for file in files if file.name == "data.mdb" or is_lmdb(file)
-    }
+        return [opened_tree(source)]
+    files = list(walk_files(source))
+    # By their names first: a look at each of a million images takes longer than the walk.
+    named = [Path(file) for file in files if file.lower().endswith((*ARCHIVE_SUFFIXES, *LMDB_SUFFIXES))]
+    inner = {file for file in named if file.name.lower().endswith(ARCHIVE_SUFFIXES) or is_lmdb(file)}
+    inner = {file.parent if file.name == "data.mdb" else file for file in inner}
     if not inner:
         return [open_tree(source)]
-    loose = [file for file in files if file.name.lower().endswith(IMAGE_SUFFIXES)]
+    loose = next((file for file in files if file.lower().endswith(IMAGE_SUFFIXES)), None)
     if loose:
         raise ValueError(
-            f"{source}: archives ({sorted(inner)[0].name}) beside loose images ({loose[0].name}), which may be the "
-            "same images twice. Give the archive or the folder of images alone."
+            f"{source}: archives ({sorted(inner)[0].name}) beside loose images ({os.path.basename(loose)}), which may "
+            "be the same images twice. Give the archive or the folder of images alone."
         )
-    return [open_tree(path) for path in sorted(inner)]
+    return [opened_tree(path) for path in sorted(inner)]
 
 
 def image_names(tree: FileTree) -> list[str]:

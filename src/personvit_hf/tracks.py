@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,14 +116,19 @@ def read_boxes(path: str | Path) -> Boxes:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: no text: {error}") from error
-    rows = _json_rows(path, text) if path.suffix.lower() == ".json" else _mot_rows(path, text)
-    for where, (frame, box, score, _) in rows:
+    is_json = path.suffix.lower() == ".json"
+    if not is_json and (boxes := _mot_boxes(text)) is not None:
+        return boxes
+    rows = _json_rows(path, text) if is_json else _mot_rows(path, text)
+    for where, (frame, box, score, track) in rows:
         sizes_good = all(map(math.isfinite, (*box, score))) and box[2] > 0 and box[3] > 0 and max(map(abs, box)) < 1e6
         if not sizes_good or not 1 <= frame <= MAX_FRAME:
             raise ValueError(
                 f"{path}, {where}: expected a frame from 1 and a box left, top, width > 0, height > 0 in pixels; "
                 f"found frame {frame}, box {list(box)}, score {score}."
             )
+        if not -(2**63) <= track < 2**63:
+            raise ValueError(f"{path}, {where}: expected a track id of at most 64 bits, found {track}.")
     return Boxes.from_rows([row for _, row in rows])
 
 
@@ -162,6 +168,34 @@ def _whole(number: Any) -> int:
     if int(number) != float(number):
         raise ValueError(f"{number} is no whole number")
     return int(number)
+
+
+def _mot_boxes(text: str) -> Boxes | None:
+    """What `_mot_rows` makes of a file without fault, much faster; None if anything is odd, which it will name."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # of an empty file
+            lines = np.loadtxt(text.splitlines(), delimiter=",", comments=None, ndmin=2)
+    except (ValueError, UserWarning):
+        return None
+    whole = lines[:, :2]
+    if lines.shape[1] < 6 or not (np.abs(whole) < 2**53).all() or (whole != np.floor(whole)).any():
+        return None
+    if lines.shape[1] == 9:
+        lines = lines[(lines[:, 6] != 0) & (lines[:, 7] == 1)]
+    frames, boxes = lines[:, 0], lines[:, 2:6]
+    scores = lines[:, 6] if lines.shape[1] > 6 else np.ones(len(lines))
+    in_range = (np.abs(boxes) < 1e6).all() and (boxes[:, 2:] > 0).all() and np.isfinite(scores).all()
+    if not in_range or (frames < 1).any() or (frames > MAX_FRAME).any():
+        return None
+    order = np.argsort(frames, kind="stable")
+    columns = (
+        frames.astype(np.int64),
+        boxes.astype(np.float32),
+        scores.astype(np.float32),
+        lines[:, 1].astype(np.int64),
+    )
+    return Boxes(*(column[order] for column in columns))
 
 
 def _mot_rows(path: Path, text: str) -> list[tuple[str, Row]]:

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cv2
 import datasets
@@ -24,9 +25,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from .detection import PersonDetector
 from .files import written_aside
 from .tracks import Boxes, CropRules, link_boxes, read_boxes, reasons_against, sharpness
+
+if TYPE_CHECKING:
+    from .detection import PersonDetector
 
 CHUNK_FRAMES = 500
 MAX_GAP = 5  # a track that isn't seen in so many of the frames looked at, one after the other, ends
@@ -111,22 +114,33 @@ class VideoFrames:
         self.path = Path(path).absolute()
         if not self.path.is_file():
             raise FileNotFoundError(f"{path}: no such video.")
-        capture = cv2.VideoCapture(str(self.path), cv2.CAP_FFMPEG)
-        good, first = capture.read()
+        good, first = self._opened().read()
         if not good:
             raise ValueError(f"{path}: no video that can be read.")
         self.size = first.shape[:2]
-        self.count = self._counted(capture)
+        self.end: int | None = None  # the last frame's number, once it was reached
         self._capture: cv2.VideoCapture | None = None
         self._grabbed = 0  # the number of the frame that it is at
 
-    def _counted(self, capture: cv2.VideoCapture) -> int:
-        """Number of frames; by reading them, since what a file says of itself may be wrong, or cut off."""
-        count = 1
-        while capture.grab():
-            count += 1
-        capture.release()
-        return count
+    @property
+    def count(self) -> int:
+        """Number of frames; by decoding them, since what a file says of itself may be wrong, or cut off."""
+        if self.end is None:
+            self.end = _grabs(self._opened())
+        return self.end
+
+    def count_with(self, last: int) -> int:
+        """Number of frames, or more: not fewer than there are of the frames up to `last`.
+
+        Packets are counted, without decoding. A damaged one, and a hidden one of some formats, is no frame; where
+        `last` is behind them the frames decide.
+        """
+        capture = self._opened()
+        packets = _grabs(capture) if capture.set(cv2.CAP_PROP_FORMAT, -1) else 0
+        return packets if last <= packets else self.count
+
+    def _opened(self) -> cv2.VideoCapture:
+        return cv2.VideoCapture(str(self.path), cv2.CAP_FFMPEG)
 
     def read(self, wanted: Callable[[int], bool], start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
         """(number from 1, uint8 RGB (height, width, 3)) of the wanted frames from `start` up to before `stop`.
@@ -134,7 +148,7 @@ class VideoFrames:
         The file stays open until `close`, so that calls for later and later frames decode each frame once.
         """
         for number in filter(wanted, range(start, stop)):
-            if not self._go_to(number):
+            if (self.end is not None and number > self.end) or not self._go_to(number):
                 return
             good, frame = self._capture.retrieve()
             if good:
@@ -150,13 +164,21 @@ class VideoFrames:
         """Whether a frame is there; by way of all before it, since seeking is not exact in all formats."""
         if self._capture is None or number <= self._grabbed:
             self.close()
-            self._capture, self._grabbed = cv2.VideoCapture(str(self.path), cv2.CAP_FFMPEG), 0
+            self._capture, self._grabbed = self._opened(), 0
         while self._grabbed < number:
             if not self._capture.grab():
+                self.end = self._grabbed
                 self.close()
                 return False
             self._grabbed += 1
         return True
+
+
+def _grabs(capture: cv2.VideoCapture) -> int:
+    count = 0
+    while capture.grab():
+        count += 1
+    return count
 
 
 def crops_from_videos(
@@ -204,7 +226,7 @@ def crops_from_videos(
     rules = rules or CropRules(min_score=DETECTOR_SCORE if boxes is None else None)
     given = None if boxes is None else [read_boxes(file) for file in boxes]
     opened = [VideoFrames(video) for video in videos]
-    find = PersonDetector(detector, detector_weights) if boxes is None else None  # may fail: before `out` is claimed
+    find = _detector(detector, detector_weights) if boxes is None else None  # may fail: before `out` is claimed
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     source = {"detector": detector, "weights": str(detector_weights)}
@@ -221,13 +243,20 @@ def crops_from_videos(
             report = VideoReport(videos=len(opened))
             for index, (video, found) in enumerate(zip(opened, given, strict=True)):
                 report.frames += -(-video.count // stride) if boxes is None else len(np.unique(found.frames))
-                found = _usable(found, video, rules, report)
+                count = video.count if boxes is None else video.count_with(int(found.frames.max(initial=0)))
+                found = _usable(found, count, rules, report)
                 tracks = link_boxes(found, max_gap=MAX_GAP * stride)
-                _write_crops(video, index, found, tracks, out, rules, blur_heads, report, progress)
+                _write_crops(video, index, count, found, tracks, out, rules, blur_heads, report, progress)
             _finish(out, report, blur_heads)
     except filelock.Timeout as error:
         raise ValueError(f"{out}: another process is cutting crops here; wait for it.") from error
     return report
+
+
+def _detector(name: str, weights: str | os.PathLike | None) -> PersonDetector:
+    from .detection import PersonDetector  # and with it torch, which boxes from a file do without
+
+    return PersonDetector(name, weights)
 
 
 def _claim(out: Path, settings: dict) -> None:
@@ -248,12 +277,11 @@ def _claim(out: Path, settings: dict) -> None:
         shutil.rmtree(leftover)
 
 
-def _chunks(video: VideoFrames, index: int) -> list[tuple[str, int, int]]:
-    """(name, first frame, frame after the last) of each chunk of a video."""
-    starts = range(1, video.count + 1, CHUNK_FRAMES)
+def _chunks(count: int, index: int) -> list[tuple[str, int, int]]:
+    """(name, first frame, frame after the last) of each chunk of a video of `count` frames."""
+    starts = range(1, count + 1, CHUNK_FRAMES)
     return [
-        (f"{index:04}-{start // CHUNK_FRAMES:05}", start, min(start + CHUNK_FRAMES, video.count + 1))
-        for start in starts
+        (f"{index:04}-{start // CHUNK_FRAMES:05}", start, min(start + CHUNK_FRAMES, count + 1)) for start in starts
     ]
 
 
@@ -261,7 +289,7 @@ def _detect(video: VideoFrames, index: int, detector: PersonDetector, stride: in
     """Boxes of a video; each chunk's are kept in a file."""
     rows: list[tuple[int, list[float], float, int]] = []
     with tqdm(total=video.count, desc=f"{video.path.name}: detecting", unit=" frames", disable=not progress) as bar:
-        for name, start, stop in _chunks(video, index):
+        for name, start, stop in _chunks(video.count, index):
             file = out / f"detections-{name}.json"
             if not file.exists():
                 found = []
@@ -294,10 +322,10 @@ def _batches(frames: Iterator[tuple[int, np.ndarray]]) -> Iterator[tuple[list[in
         yield numbers, pictures
 
 
-def _usable(boxes: Boxes, video: VideoFrames, rules: CropRules, report: VideoReport) -> Boxes:
+def _usable(boxes: Boxes, count: int, rules: CropRules, report: VideoReport) -> Boxes:
     """Boxes that may be tracked."""
     good = boxes.scores >= (-np.inf if rules.min_score is None else rules.min_score)
-    there = boxes.frames <= video.count
+    there = boxes.frames <= count
     _count(report.skipped, "low score", int((there & ~good).sum()))
     _count(report.skipped, "frame not in the video", int((~there).sum()))
     return boxes[good & there]
@@ -306,6 +334,7 @@ def _usable(boxes: Boxes, video: VideoFrames, rules: CropRules, report: VideoRep
 def _write_crops(
     video: VideoFrames,
     index: int,
+    count: int,
     boxes: Boxes,
     tracks: np.ndarray,
     out: Path,
@@ -317,15 +346,14 @@ def _write_crops(
     if len(tracks) and tracks.max() >= MAX_TRACKS:
         raise ValueError(f"{video.path}: {tracks.max() + 1} tracks; more than {MAX_TRACKS} are refused.")
     reasons = reasons_against(boxes, tracks, video.size, rules)
-    for reason, count in Counter(reason for reason in reasons if reason).items():
-        report.skipped[reason] += count
+    report.skipped.update(reason for reason in reasons if reason)
     by_frame: dict[int, list[int]] = {}
     for box, reason in enumerate(reasons):
         if reason is None:
             by_frame.setdefault(int(boxes.frames[box]), []).append(box)
     seen: set[int] = set()
-    with tqdm(total=video.count, desc=f"{video.path.name}: cropping", unit=" frames", disable=not progress) as bar:
-        for name, start, stop in _chunks(video, index):
+    with tqdm(total=count, desc=f"{video.path.name}: cropping", unit=" frames", disable=not progress) as bar:
+        for name, start, stop in _chunks(count, index):
             path = out / f"train-{name}.parquet"
             told = _finished(path)
             if told is None:
@@ -354,7 +382,7 @@ def _crops(
     """The rows of a chunk, and what is told of them."""
     rows: list[dict] = []
     skipped: Counter[str] = Counter()
-    expected = sum(len(by_frame[frame]) for frame in range(start, stop) if frame in by_frame)
+    expected = {frame: len(by_frame[frame]) for frame in range(start, stop) if frame in by_frame}
     for number, frame in video.read(by_frame.__contains__, start, stop):
         for box in by_frame[number]:
             crop = cut_out(frame, boxes.boxes[box])
@@ -374,7 +402,10 @@ def _crops(
                     "score": float(boxes.scores[box]),
                 }
             )
-    _count(skipped, "frame can't be decoded", expected - len(rows) - sum(skipped.values()))
+    if video.end is not None:  # reached while reading
+        behind = sum(number for frame, number in expected.items() if frame > video.end)
+        _count(skipped, "frame not in the video", behind)
+    _count(skipped, "frame can't be decoded", sum(expected.values()) - len(rows) - sum(skipped.values()))
     kept_tracks = sorted({row["track_id"] for row in rows})
     return rows, {"kept": len(rows), "skipped": dict(skipped), "tracks": kept_tracks}
 
