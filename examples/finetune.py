@@ -258,7 +258,7 @@ def prepare_run(args: FinetuneArguments, accelerator: Accelerator) -> Run:
     progress = TrainingProgress(layout=layout)
     accelerator.register_for_checkpointing(progress)
     if checkpoint is not None:
-        restore(accelerator, model, optimizer, checkpoint)
+        restore(accelerator, model, optimizer, checkpoint, output_dir / "checkpoints")
         check_best(accelerator, output_dir / "best", progress)
     log = MetricsLog(output_dir / "metrics.jsonl", accelerator, progress.step)
     if accelerator.is_main_process:
