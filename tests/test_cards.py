@@ -164,6 +164,19 @@ def test_what_the_card_of_a_pretrained_model_says(pretrained):
     assert "--model pretrained --data owner/market" in card.text
 
 
+@pytest.mark.parametrize(
+    "weights, said",
+    [
+        ({}, "by\n[PersonViT](https://arxiv.org/abs/2408.05398)'s self-distillation and masked image modelling."),
+        ({"mim_loss_weight": 0.0}, "'s self-distillation."),
+        ({"dino_loss_weight": 0.0}, "'s masked image modelling."),
+        ({"dino_loss_weight": 0.0, "mim_loss_weight": 0.0, "koleo_loss_weight": 1.0}, "'s recipe."),
+    ],
+)
+def test_a_card_names_the_losses_that_counted(tmp_path, weights, said):
+    assert said in model_card(save(PersonViTForPreTraining, tmp_path / "model", **weights)).text
+
+
 def test_a_model_alone_claims_nothing(tmp_path):
     card = model_card(save(PersonViTModel, tmp_path / "tiny"))
     assert "Not evaluated" in card.text and "not recorded" in card.text
