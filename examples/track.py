@@ -20,7 +20,7 @@ from deep_sort_realtime.deepsort_tracker import DeepSort
 from torchvision.ops import box_iou
 
 from personvit_hf.person_images import PersonImages
-from personvit_hf.reid_data import load_reid_dataset
+from personvit_hf.reid_data import load_reid_dataset, training_rows
 from personvit_hf.scripting import option, parse_arguments
 from personvit_hf.tracking import TrackerEmbedder
 
@@ -145,7 +145,8 @@ def main() -> None:
     if args.seeds < 2:
         raise ValueError(f"--seeds must be at least 2, for their spread; got {args.seeds}.")
     dataset = load_reid_dataset(args.data)
-    train, people = PersonImages(dataset["train"]), np.array(dataset["train"]["person_id"])
+    rows = training_rows(dataset, args.data)
+    train, people = PersonImages(rows), np.array(rows["person_id"])
     train = [train[i] for i in range(len(train))]
     ours = TrackerEmbedder.from_pretrained(args.model, neck_feature="after").predict
     settings = {"boxes alone (IoU)": (None, -1.0)}

@@ -355,6 +355,14 @@ def test_card_of_the_demo_data(tmp_path):
     assert 'load_reid_dataset("alice/rendered")' in card.text
 
 
+def test_card_of_data_for_evaluation_alone():
+    dataset = load_reid_dataset(ROOT / "examples" / "data")
+    del dataset["train"]
+    card = dataset_card(dataset, "alice/rendered")
+    assert [files["split"] for files in card.data.configs[0]["data_files"]] == ["query", "gallery"]
+    assert "no split train: the data are for evaluation alone" in card.text and "No person is in both" not in card.text
+
+
 def test_the_card_of_a_data_set_says_what_is_wrong_with_it():
     # distractors and junk are nobody, though another camera has some
     rows = {"person_id": [1, 2, 0, 0, -1, -1], "camera_id": [0, 0, 0, 1, 0, 1]}

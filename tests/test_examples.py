@@ -772,6 +772,20 @@ def test_data_that_can_not_be_scored(people, tmp_path, script):
     assert not (tmp_path / "out").exists()
 
 
+def test_data_for_evaluation_alone(people, finetuned, tmp_path):
+    for folder in ("query", "bounding_box_test"):
+        (tmp_path / "tests").mkdir(exist_ok=True)
+        (tmp_path / "tests" / folder).symlink_to(people / "market" / folder)
+    settings = {"data": tmp_path / "tests", "num_workers": 0}
+    run("evaluate_reid.py", model=finetuned, output=tmp_path / "e.json", **settings)
+    assert json.loads((tmp_path / "e.json").read_text())["mAP"] == pytest.approx(
+        json.loads((finetuned / "results.json").read_text())["mAP"]
+    )
+    with pytest.raises(ValueError, match="tests has no split train, only query and gallery"):
+        run("finetune.py", output_dir=tmp_path / "out", **FINETUNE | settings)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("script", ["evaluate_reid.py", "embed.py"])
 def test_an_output_that_is_a_folder_is_told_before(people, finetuned, tmp_path, monkeypatch, script):
     monkeypatch.setattr("personvit_hf.embed_images", None)

@@ -210,7 +210,7 @@ def dataset_card(
             {"config_name": "default", "data_files": [{"split": split, "path": f"data/{split}-*"} for split in rows]}
         ],
     )
-    features = dataset["train"].features.items()
+    features = dataset["query"].features.items()
     return _render(
         "dataset.md",
         DatasetCard,
@@ -219,7 +219,8 @@ def dataset_card(
         repo_id=repo_id,
         splits=table,
         valid_queries=num_valid_queries(dataset),
-        shared_people=len(people["train"] & people["gallery"]),
+        trains="train" in rows,
+        shared_people=len(people.get("train", set()) & people["gallery"]),
         other_columns={
             _code(column): _code(getattr(feature, "dtype", type(feature).__name__))
             for column, feature in features
