@@ -295,6 +295,12 @@ def test_resume_with_another_number_of_images_a_step(tmp_path):
         resume(tmp_path, layout={"images_per_step": 32, "images": 50})
 
 
+def test_resume_with_another_number_of_steps_an_epoch(tmp_path):
+    Run(layout={"images_per_step": 128, "steps_per_epoch": 7}).save(tmp_path)
+    with pytest.raises(ValueError, match="steps_per_epoch 7, now 8.*incomplete step.*a larger batch size in place of"):
+        resume(tmp_path, layout={"images_per_step": 128, "steps_per_epoch": 8})
+
+
 DAMAGES = pytest.mark.parametrize("damage", ["missing", "empty", "cut off", "one bit", "another file"])
 FILES = ["model.safetensors", "optimizer.safetensors", "random_states.safetensors", "progress.json", "manifest.json"]
 

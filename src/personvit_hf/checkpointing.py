@@ -82,15 +82,19 @@ class TrainingProgress:
         layout = state.get("layout")
         if layout != self.layout:
             then, now = dict(layout or {}), self.layout
-            changed = [
-                f"{name} {then.get(name)}, now {now.get(name)}"
-                for name in {**then, **now}
-                if then.get(name) != now.get(name)
-            ]
-            raise ValueError(
-                f"it counts in other units: {'; '.join(changed)}. Choose batch size and gradient accumulation so that "
-                "with this number of processes an optimizer step sees as many images as before"
+            names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+            changed = "; ".join(f"{name} {then.get(name)}, now {now.get(name)}" for name in names)
+            advice = (
+                "Choose batch size and gradient accumulation so that with this number of processes an optimizer step "
+                "sees as many images as before"
             )
+            if names == ["steps_per_epoch"]:
+                advice = (
+                    "Steps see as many images, but of accumulated batches an epoch's last, incomplete step counts, too, "
+                    "and batches that are not enough for all processes are left out. Accumulate as the run did before; "
+                    "if it didn't, go on with a larger batch size in place of accumulation"
+                )
+            raise ValueError(f"it counts in other units: {changed}. {advice}")
         for name in ("epoch", "samples", "step", "skipped"):
             value = state.get(name)
             if not isinstance(value, int) or value < 0:
