@@ -272,8 +272,8 @@ def step_seconds(args: StudyArguments, model: Model) -> float:
     ends = [batch_size * line["step"] / line["images_per_second"] for line in lines if "images_per_second" in line]
     if len(ends) < 2:
         raise ValueError(
-            f"{args.data} has pictures for {len(ends)} steps of `batch_size` {batch_size}, too few to time one for part "
-            "objective (at least 2): give more pictures, or lower `batch_size` in a copy of `pretrain_config`."
+            f"{args.data} has pictures for {len(ends)} steps of `batch_size` {batch_size}, too few to time one for "
+            "part objective (at least 2): give more pictures, or lower `batch_size` in a copy of `pretrain_config`."
         )
     return statistics.median(np.diff(ends))
 

@@ -193,7 +193,7 @@ def finetuned(people, pretrained, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("script", ["pretrain.py", "finetune.py", "evaluate_reid.py", "embed.py"])
+@pytest.mark.parametrize("script", ["pretrain.py", "finetune.py", "evaluate_reid.py", "embed.py", "track.py"])
 def test_help(script, capsys):
     with pytest.raises(SystemExit) as exited:
         run(script, "--help")
@@ -201,6 +201,14 @@ def test_help(script, capsys):
     text = capsys.readouterr().out
     assert "--config FILE" in text
     assert "--data" in text
+
+
+@pytest.mark.parametrize("module", ["deep_sort_realtime", "motmetrics"])
+def test_tracking_without_its_extra(monkeypatch, module):
+    monkeypatch.setitem(sys.modules, "deep_sort_realtime", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, module, None)  # as if it were not there
+    with pytest.raises(ImportError, match=rf"{module} is not installed: pip install 'personvit-hf\[track\]'"):
+        run("track.py", model="nowhere")
 
 
 @pytest.mark.parametrize("recipe", sorted(path.name for path in (EXAMPLES / "recipes").glob("*.yaml")))

@@ -90,9 +90,9 @@ class TrainingProgress:
             )
             if names == ["steps_per_epoch"]:
                 advice = (
-                    "Steps see as many images, but of accumulated batches an epoch's last, incomplete step counts, too, "
-                    "and batches that are not enough for all processes are left out. Accumulate as the run did before; "
-                    "if it didn't, go on with a larger batch size in place of accumulation"
+                    "Steps see as many images, but an epoch's last, incomplete step of accumulated batches counts, and "
+                    "batches that are too few for all processes are left out. Accumulate as the run did before; if it "
+                    "didn't, go on with a larger batch size in place of accumulation"
                 )
             raise ValueError(f"it counts in other units: {changed}. {advice}")
         for name in ("epoch", "samples", "step", "skipped"):
