@@ -90,7 +90,7 @@ class TrainingProgress:
             )
             if names == ["steps_per_epoch"]:
                 advice = (
-                    "Steps see as many images, but an epoch's last, incomplete step of accumulated batches counts, and "
+                    "Steps see as many images, but an epoch's last, incomplete step of accumulated batches counts; "
                     "batches that are too few for all processes are left out. Accumulate as the run did before; if it "
                     "didn't, go on with a larger batch size in place of accumulation"
                 )
