@@ -39,7 +39,7 @@ from personvit_hf.hub import RunPublisher
 from personvit_hf.loading import load_pretrained
 from personvit_hf.person_images import BrokenImage, BrokenImageBudget, PersonImages
 from personvit_hf.preemption import StopRequest, ignore_stop_requests
-from personvit_hf.reid_data import person_labels, require_true_match
+from personvit_hf.reid_data import person_labels, require_true_match, training_rows
 from personvit_hf.sampling import PKSampler
 from personvit_hf.schedules import StepPlan, finetune_learning_rate, finetuning_parameter_groups, is_due
 from personvit_hf.scripting import (
@@ -230,9 +230,10 @@ def prepare_run(args: FinetuneArguments, accelerator: Accelerator) -> Run:
     checkpoint = find_checkpoint(accelerator, output_dir / "checkpoints", args.resume_from)
     dataset = load_reid_dataset(args.data)
     require_true_match(dataset, args.data)
-    labels = person_labels(dataset["train"]["person_id"])
+    train = training_rows(dataset, args.data)
+    labels = person_labels(train["person_id"])
     num_cameras = 1 + max(max(rows["camera_id"]) for rows in dataset.values()) if args.use_cameras else 0
-    dataloader = build_dataloader(args, dataset["train"], labels)
+    dataloader = build_dataloader(args, train, labels)
     set_seed(args.seed)
     model = build_model(args, labels, num_cameras)
     if checkpoint is not None:
@@ -258,7 +259,7 @@ def prepare_run(args: FinetuneArguments, accelerator: Accelerator) -> Run:
     progress = TrainingProgress(layout=layout)
     accelerator.register_for_checkpointing(progress)
     if checkpoint is not None:
-        restore(accelerator, model, optimizer, checkpoint)
+        restore(accelerator, model, optimizer, checkpoint, output_dir / "checkpoints")
         check_best(accelerator, output_dir / "best", progress)
     log = MetricsLog(output_dir / "metrics.jsonl", accelerator, progress.step)
     if accelerator.is_main_process:

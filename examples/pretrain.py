@@ -296,7 +296,7 @@ def prepare_run(args: PretrainArguments, accelerator: Accelerator) -> Run:
     if args.streaming:
         accelerator.register_for_checkpointing(dataloader.dataset)
     if checkpoint is not None:
-        restore(accelerator, model, optimizer, checkpoint)
+        restore(accelerator, model, optimizer, checkpoint, output_dir / "checkpoints")
         check_best(accelerator, output_dir / "best", progress)
     log = MetricsLog(output_dir / "metrics.jsonl", accelerator, progress.step)
     if accelerator.is_main_process:

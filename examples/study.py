@@ -35,6 +35,7 @@ from personvit_hf import load_person_images, load_reid_dataset
 from personvit_hf.checkpointing import list_checkpoints
 from personvit_hf.files import written_aside
 from personvit_hf.loading import load_embedder
+from personvit_hf.reid_data import training_rows
 from personvit_hf.scripting import option, parse_arguments, read_settings, score
 
 EXAMPLES = Path(__file__).resolve().parent
@@ -162,7 +163,8 @@ def models_of(args: StudyArguments, part: str) -> Iterator[Model]:
         yield from whole.values()
     if part == "objective":
         for label in list(OBJECTIVES)[1:]:
-            same_time = round(epochs * step_seconds(args, whole["DINO + MIM"]) / step_seconds(args, whole[label]))
+            ratio = step_seconds(args, whole["DINO + MIM"]) / step_seconds(args, whole[label])
+            same_time = max(1, round(epochs * ratio))
             if same_time != epochs:
                 settings = whole[label].settings | {"epochs": same_time}
                 yield Model(f"{label}, equal time", f"{whole[label].folder}-equal-time", settings)
@@ -255,7 +257,11 @@ def run_once(script: str, folder: Path, settings: dict[str, Any]) -> Path:
 
 
 def step_seconds(args: StudyArguments, model: Model) -> float:
-    """Seconds of one of a model's steps, by the log of up to 30."""
+    """Seconds of one of a model's steps, by the log of up to 30.
+
+    Raises:
+        ValueError: if there are pictures for less than two steps.
+    """
     batch_size = read_settings(args.pretrain_config)["batch_size"]
     share = min(1.0, 30 * batch_size / len(load_person_images(args.data)))
     settings = model.settings | {"epochs": 1, "save_epochs": 0, "logging_steps": 1, "num_workers": 0, "seed": 0}
@@ -264,6 +270,11 @@ def step_seconds(args: StudyArguments, model: Model) -> float:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     # what is logged is the mean since the start
     ends = [batch_size * line["step"] / line["images_per_second"] for line in lines if "images_per_second" in line]
+    if len(ends) < 2:
+        raise ValueError(
+            f"{args.data} has pictures for {len(ends)} steps of `batch_size` {batch_size}, too few to time one for "
+            "part objective (at least 2): give more pictures, or lower `batch_size` in a copy of `pretrain_config`."
+        )
     return statistics.median(np.diff(ends))
 
 
@@ -300,7 +311,7 @@ def labelled_data(args: StudyArguments) -> Path:
         return Path(args.data)
     folder = Path(args.output_dir) / "data" / "validation"
     if not (folder / "query.parquet").is_file():
-        rows = load_reid_dataset(args.data)["train"]
+        rows = training_rows(load_reid_dataset(args.data), args.data)
         persons, cameras = np.array(rows["person_id"]), np.array(rows["camera_id"])
         people = np.unique(persons[persons > 0])
         held_out = np.isin(persons, people[len(people) // 2 :])
@@ -336,7 +347,8 @@ def scored(folder: Path, labelled: Path, split: str, robust: bool) -> dict[str, 
 
 def checked(args: StudyArguments, folder: Path, kind: str) -> dict[str, float]:
     """mAP on `check_data` of a pre-trained model, or of one fine-tuned on it in the place of this fine-tuned one."""
-    people = {person for person in load_reid_dataset(args.check_data)["train"]["person_id"] if person > 0}
+    rows = training_rows(load_reid_dataset(args.check_data), args.check_data)
+    people = {person for person in rows["person_id"] if person > 0}
     if kind == "fine-tuned":
         settings = json.loads((folder / "study.json").read_text()) | {"data": args.check_data}
         recipe = read_settings(args.finetune_config)

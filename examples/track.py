@@ -6,7 +6,7 @@
 Without `--video`, the test people of `--data` cross before a noisy background, hide each other, are missed by the
 detector, and turn round where nobody sees it; what they look like changes between their pictures. There motmetrics
 scores IDF1 and identity switches. Of a real video nobody's identity is known: what moves is found by background
-subtraction, and the tracks are only counted. Needs pip install deep-sort-realtime motmetrics.
+subtraction, and the tracks are only counted. Needs pip install '.[track]' (deep-sort-realtime and motmetrics).
 """
 
 from collections.abc import Callable, Iterator
@@ -16,11 +16,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from deep_sort_realtime.deepsort_tracker import DeepSort
 from torchvision.ops import box_iou
 
+from personvit_hf.extras import require
 from personvit_hf.person_images import PersonImages
-from personvit_hf.reid_data import load_reid_dataset
+from personvit_hf.reid_data import load_reid_dataset, training_rows
 from personvit_hf.scripting import option, parse_arguments
 from personvit_hf.tracking import TrackerEmbedder
 
@@ -119,6 +119,8 @@ def track(
     video: Iterator[Seen], predict: Predict | None, max_distance: float
 ) -> Iterator[tuple[np.ndarray | None, np.ndarray | None, list[int], np.ndarray]]:
     """Yields the true ids and boxes, and the tracks' ids and boxes, of each frame."""
+    from deep_sort_realtime.deepsort_tracker import DeepSort
+
     tracker = DeepSort(max_age=60, embedder=None, max_cosine_distance=max_distance, nn_budget=50)
     for frame, ids, truth, found in video:
         height, width = frame.shape[:2]
@@ -144,8 +146,11 @@ def main() -> None:
     args = parse_arguments(TrackArguments)
     if args.seeds < 2:
         raise ValueError(f"--seeds must be at least 2, for their spread; got {args.seeds}.")
+    for module in ("deep_sort_realtime",) if args.video else ("deep_sort_realtime", "motmetrics"):
+        require(module, "track")
     dataset = load_reid_dataset(args.data)
-    train, people = PersonImages(dataset["train"]), np.array(dataset["train"]["person_id"])
+    labelled = training_rows(dataset, args.data)
+    train, people = PersonImages(labelled), np.array(labelled["person_id"])
     train = [train[i] for i in range(len(train))]
     ours = TrackerEmbedder.from_pretrained(args.model, neck_feature="after").predict
     settings = {"boxes alone (IoU)": (None, -1.0)}

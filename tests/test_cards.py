@@ -164,6 +164,19 @@ def test_what_the_card_of_a_pretrained_model_says(pretrained):
     assert "--model pretrained --data owner/market" in card.text
 
 
+@pytest.mark.parametrize(
+    "weights, said",
+    [
+        ({}, "by\n[PersonViT](https://arxiv.org/abs/2408.05398)'s self-distillation and masked image modelling."),
+        ({"mim_loss_weight": 0.0}, "'s self-distillation."),
+        ({"dino_loss_weight": 0.0}, "'s masked image modelling."),
+        ({"dino_loss_weight": 0.0, "mim_loss_weight": 0.0, "koleo_loss_weight": 1.0}, "'s recipe."),
+    ],
+)
+def test_a_card_names_the_losses_that_counted(tmp_path, weights, said):
+    assert said in model_card(save(PersonViTForPreTraining, tmp_path / "model", **weights)).text
+
+
 def test_a_model_alone_claims_nothing(tmp_path):
     card = model_card(save(PersonViTModel, tmp_path / "tiny"))
     assert "Not evaluated" in card.text and "not recorded" in card.text
@@ -340,6 +353,14 @@ def test_card_of_the_demo_data(tmp_path):
     assert "90 queries have a match in another camera" in card.text and "No person is in both" in card.text
     assert "| `occlusion` | float32 | |" in card.text and "Rendered; nobody real" in card.text
     assert 'load_reid_dataset("alice/rendered")' in card.text
+
+
+def test_card_of_data_for_evaluation_alone():
+    dataset = load_reid_dataset(ROOT / "examples" / "data")
+    del dataset["train"]
+    card = dataset_card(dataset, "alice/rendered")
+    assert [files["split"] for files in card.data.configs[0]["data_files"]] == ["query", "gallery"]
+    assert "no split train: the data are for evaluation alone" in card.text and "No person is in both" not in card.text
 
 
 def test_the_card_of_a_data_set_says_what_is_wrong_with_it():

@@ -45,7 +45,7 @@ class Run:
         self.progress = TrainingProgress(layout=layout or {"images_per_step": 8})
         self.accelerator.register_for_checkpointing(self.progress)
         if self.resumed is not None:
-            restore(self.accelerator, self.model, self.optimizer, self.resumed)
+            restore(self.accelerator, self.model, self.optimizer, self.resumed, folder)
         self.width = width
 
     def step(self) -> float:
@@ -140,6 +140,23 @@ def test_resume_from_a_given_checkpoint(tmp_path):
     other = resume(tmp_path, str(first))
     assert other.resumed == first
     assert other.progress.step == 1
+
+
+def test_a_branch_that_is_left_is_not_what_latest_goes_on_with(tmp_path, caplog):
+    run = Run()
+    for step in (10, 20, 30):
+        run.progress.step = step
+        run.save(tmp_path, keep=3)
+    with pytest.raises(ValueError, match="does not fit"):
+        resume(tmp_path, str(tmp_path / "step-00000010"), layout={"images_per_step": 9})
+    assert len(list_checkpoints(tmp_path)) == 3
+    resume(tmp_path, str(tmp_path / "step-00000010"))
+    assert "renamed to *.left are step-00000020, step-00000030" in caplog.text
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("step-00000010", "step-00000020.left", "step-00000030.left"),
+    ]
+    assert resume(tmp_path).resumed.name == "step-00000010"
+    assert resume(tmp_path, str(tmp_path / "step-00000030.left")).progress.step == 30
 
 
 def test_only_the_newest_are_kept(tmp_path):
@@ -276,6 +293,12 @@ def test_resume_with_another_number_of_images_a_step(tmp_path):
     Run(layout={"images_per_step": 64, "images": 50}).save(tmp_path)
     with pytest.raises(ValueError, match="images_per_step 64, now 32.*gradient accumulation"):
         resume(tmp_path, layout={"images_per_step": 32, "images": 50})
+
+
+def test_resume_with_another_number_of_steps_an_epoch(tmp_path):
+    Run(layout={"images_per_step": 128, "steps_per_epoch": 7}).save(tmp_path)
+    with pytest.raises(ValueError, match="steps_per_epoch 7, now 8.*incomplete step.*a larger batch size in place of"):
+        resume(tmp_path, layout={"images_per_step": 128, "steps_per_epoch": 8})
 
 
 DAMAGES = pytest.mark.parametrize("damage", ["missing", "empty", "cut off", "one bit", "another file"])

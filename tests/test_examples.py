@@ -193,7 +193,7 @@ def finetuned(people, pretrained, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("script", ["pretrain.py", "finetune.py", "evaluate_reid.py", "embed.py"])
+@pytest.mark.parametrize("script", ["pretrain.py", "finetune.py", "evaluate_reid.py", "embed.py", "track.py"])
 def test_help(script, capsys):
     with pytest.raises(SystemExit) as exited:
         run(script, "--help")
@@ -201,6 +201,14 @@ def test_help(script, capsys):
     text = capsys.readouterr().out
     assert "--config FILE" in text
     assert "--data" in text
+
+
+@pytest.mark.parametrize("module", ["deep_sort_realtime", "motmetrics"])
+def test_tracking_without_its_extra(monkeypatch, module):
+    monkeypatch.setitem(sys.modules, "deep_sort_realtime", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, module, None)  # as if it were not there
+    with pytest.raises(ImportError, match=rf"{module} is not installed: pip install 'personvit-hf\[track\]'"):
+        run("track.py", model="nowhere")
 
 
 @pytest.mark.parametrize("recipe", sorted(path.name for path in (EXAMPLES / "recipes").glob("*.yaml")))
@@ -785,6 +793,20 @@ def test_data_that_can_not_be_scored(people, tmp_path, script):
         settings = {"data": tmp_path / "one_camera", "config_overrides": json.dumps(MODEL), **FINETUNE}
     with pytest.raises(ValueError, match="one_camera can't be scored: none of the .* queries has a true match"):
         run(script, output_dir=tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_for_evaluation_alone(people, finetuned, tmp_path):
+    for folder in ("query", "bounding_box_test"):
+        (tmp_path / "tests").mkdir(exist_ok=True)
+        (tmp_path / "tests" / folder).symlink_to(people / "market" / folder)
+    settings = {"data": tmp_path / "tests", "num_workers": 0}
+    run("evaluate_reid.py", model=finetuned, output=tmp_path / "e.json", **settings)
+    assert json.loads((tmp_path / "e.json").read_text())["mAP"] == pytest.approx(
+        json.loads((finetuned / "results.json").read_text())["mAP"]
+    )
+    with pytest.raises(ValueError, match="tests has no split train, only query and gallery"):
+        run("finetune.py", output_dir=tmp_path / "out", **FINETUNE | settings)
     assert not (tmp_path / "out").exists()
 
 

@@ -183,6 +183,32 @@ def test_a_damaged_newest_checkpoint_costs_its_steps_and_no_more(people, tmp_pat
     assert list_checkpoints(tmp_path / "checkpoints")[-1] == newest
 
 
+def test_a_branch_off_an_earlier_checkpoint_is_what_goes_on(people, tmp_path, monkeypatch):
+    settings = PRETRAIN | {"data": people / "unlabelled", "save_epochs": 1, "keep_checkpoints": 9, "epochs": 3}
+    run("pretrain.py", output_dir=tmp_path, **settings)
+    checkpoints, branch = tmp_path / "checkpoints", settings | {"learning_rate": 1e-3}
+    first, *later = list_checkpoints(checkpoints)
+    run("pretrain.py", output_dir=tmp_path / "unbroken", resume_from=first, **branch)
+    assert list_checkpoints(checkpoints) == [first, *later], "they are another run's"
+
+    write = scripting.MetricsLog.write
+
+    def write_and_stop(self, step, **values):
+        write(self, step, **values)
+        if step == STEPS_PER_EPOCH + 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(scripting.MetricsLog, "write", write_and_stop)
+    with pytest.raises(SystemExit):
+        run("pretrain.py", output_dir=tmp_path, resume_from=first, **branch)
+    monkeypatch.undo()
+    run("pretrain.py", output_dir=tmp_path, resume_from="latest", **branch)
+    # the other folder's log begins where that run did
+    assert [line for line in figures(tmp_path) if line["step"] > STEPS_PER_EPOCH] == figures(tmp_path / "unbroken")
+    assert_same_weights(tmp_path, tmp_path / "unbroken")
+    assert sorted(checkpoints.glob("*.left")) == [path.with_name(path.name + ".left") for path in later]
+
+
 # The same run with other processes and batches
 
 

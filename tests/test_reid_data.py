@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from personvit_hf.reid_data import load_reid_dataset, person_labels, require_true_match
+from personvit_hf.reid_data import load_reid_dataset, person_labels, require_true_match, training_rows
 
 DEMO = Path(__file__).parents[1] / "examples" / "data"
 MARKET = {
@@ -172,6 +172,20 @@ def test_parquet_split_missing(tmp_path):
     (root / "query.parquet").unlink()
     with pytest.raises(ValueError, match="starts with query; found gallery.parquet, train.parquet"):
         load_reid_dataset(root)
+
+
+@pytest.mark.parametrize("with_readme", [False, True])
+def test_parquet_for_evaluation_alone(tmp_path, with_readme):
+    root = parquet_folder(tmp_path / "p", query=table(cameras=(1, 0)))
+    (root / "train.parquet").unlink()
+    if with_readme:
+        files = "".join(f"  - {{split: {split}, path: {split}.parquet}}\n" for split in ("gallery", "query"))
+        (root / "README.md").write_text(f"---\nconfigs:\n- config_name: labelled\n  data_files:\n{files}---\n")
+    data = load_reid_dataset(root)
+    assert list(data) == ["query", "gallery"]
+    require_true_match(data, "p")
+    with pytest.raises(ValueError, match=r"p has no split train, only query and gallery: .*train\*.parquet"):
+        training_rows(data, "p")
 
 
 def test_readme_split_missing(tmp_path):

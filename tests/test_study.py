@@ -107,6 +107,20 @@ def test_equal_time_follows_the_steps_of_the_logs(args, monkeypatch):
     assert models["MIM alone, equal time"]["epochs"] == 4 and "DINO alone, equal time" not in models
 
 
+def test_equal_time_is_one_epoch_at_least(args, monkeypatch):
+    monkeypatch.setattr(study, "step_seconds", lambda args, model: 1.0 if model.label == "DINO + MIM" else 5.0)
+    models = [model for model in study.models_of(args, "objective") if "equal time" in model.label]
+    assert [model.settings["epochs"] for model in models] == [1, 1]
+
+
+def test_too_few_steps_to_time_one(args, monkeypatch, tmp_path):
+    model = next(model for model in study.models_of(args, "robustness") if model.settings)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "images_per_second": 9.0}\n')
+    monkeypatch.setattr(study, "run_once", lambda *arguments: tmp_path)
+    with pytest.raises(ValueError, match="examples/data has pictures for 1 steps of `batch_size` 32, too few to time"):
+        study.step_seconds(args, model)
+
+
 def test_a_run_is_not_repeated_and_never_mixed_with_another(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(study.subprocess, "run", lambda command, **kwargs: calls.append(command))

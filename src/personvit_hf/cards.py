@@ -163,6 +163,7 @@ def model_card(folder: str | Path, repo_id: str | None = None, license: str = "o
         **_usage(saved, name),
         base_model=_code(saved.short_name("model_name_or_path")),
         data=_code(saved.short_name("data")),
+        losses=_losses(saved.config),
         benchmark=_code(saved.short_name(saved.benchmark)),
         unfinished=bool(saved.record.get("unfinished")),
         step=saved.log[-1].get("step") if saved.log else "unknown",
@@ -209,7 +210,7 @@ def dataset_card(
             {"config_name": "default", "data_files": [{"split": split, "path": f"data/{split}-*"} for split in rows]}
         ],
     )
-    features = dataset["train"].features.items()
+    features = dataset["query"].features.items()
     return _render(
         "dataset.md",
         DatasetCard,
@@ -218,7 +219,8 @@ def dataset_card(
         repo_id=repo_id,
         splits=table,
         valid_queries=num_valid_queries(dataset),
-        shared_people=len(people["train"] & people["gallery"]),
+        trains="train" in rows,
+        shared_people=len(people.get("train", set()) & people["gallery"]),
         other_columns={
             _code(column): _code(getattr(feature, "dtype", type(feature).__name__))
             for column, feature in features
@@ -243,6 +245,13 @@ def _render(template: str, card_class: type, card_data: CardData, **values: Any)
     )
     text = environment.get_template(template).render(card_data=card_data.to_yaml(), marker=MARKER, **values)
     return card_class(re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n")
+
+
+def _losses(config: dict[str, Any]) -> str:
+    """What pre-training learned from: the losses that counted."""
+    weights = {"self-distillation": "dino_loss_weight", "masked image modelling": "mim_loss_weight"}
+    counted = [name for name, key in weights.items() if config.get(key, 1.0) > 0]  # 1.0: PersonViTConfig's default
+    return " and ".join(counted) or "recipe"  # with neither KoLeo's loss is left, which isn't PersonViT's
 
 
 def _usage(saved: SavedModel, name: str) -> dict[str, Any]:

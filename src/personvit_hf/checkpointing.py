@@ -27,18 +27,25 @@ from .cards import BEST_FILE
 from .distributed import whole_module, whole_weights
 from .files import check_manifest, flush_entry, flush_to_disk, follow_umask, read_json, rename_durably, write_manifest
 from .loading import nonfinite_weights
-from .training_state import load_optimizer_state, load_random_states, optimizer_state, random_states
+from .training_state import (
+    load_optimizer_state,
+    load_position,
+    load_random_states,
+    optimizer_state,
+    position_of,
+    random_states,
+)
 
 logger = logging.getLogger(__name__)
 
 PARTIAL_SUFFIX = ".partial"
 REPLACED_SUFFIX = ".replaced"
 CORRUPT_SUFFIX = ".corrupt"
+LEFT_SUFFIX = ".left"  # of a branch that the run no longer is on
 MODEL_FILE, OPTIMIZER_FILE, RANDOM_FILE, PROGRESS_FILE = (
     *("model.safetensors", "optimizer.safetensors", "random_states.safetensors"),
     "progress.json",
 )
-FORMAT = 1
 
 
 @dataclass
@@ -75,15 +82,19 @@ class TrainingProgress:
         layout = state.get("layout")
         if layout != self.layout:
             then, now = dict(layout or {}), self.layout
-            changed = [
-                f"{name} {then.get(name)}, now {now.get(name)}"
-                for name in {**then, **now}
-                if then.get(name) != now.get(name)
-            ]
-            raise ValueError(
-                f"it counts in other units: {'; '.join(changed)}. Choose batch size and gradient accumulation so that "
-                "with this number of processes an optimizer step sees as many images as before"
+            names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+            changed = "; ".join(f"{name} {then.get(name)}, now {now.get(name)}" for name in names)
+            advice = (
+                "Choose batch size and gradient accumulation so that with this number of processes an optimizer step "
+                "sees as many images as before"
             )
+            if names == ["steps_per_epoch"]:
+                advice = (
+                    "Steps see as many images, but an epoch's last, incomplete step of accumulated batches counts; "
+                    "batches that are too few for all processes are left out. Accumulate as the run did before; if it "
+                    "didn't, go on with a larger batch size in place of accumulation"
+                )
+            raise ValueError(f"it counts in other units: {changed}. {advice}")
         for name in ("epoch", "samples", "step", "skipped"):
             value = state.get(name)
             if not isinstance(value, int) or value < 0:
@@ -124,7 +135,7 @@ def save_checkpoint(
     weights = whole_weights(accelerator, model)
     optimizer_tensors = optimizer_state(accelerator, model, optimizer)
     generators = random_states(accelerator)
-    position = json.dumps(_position(accelerator, optimizer), indent=1)
+    position = json.dumps(position_of(accelerator, optimizer), indent=1)
 
     def write() -> None:
         partial = final.with_name(final.name + PARTIAL_SUFFIX)
@@ -143,7 +154,7 @@ def save_checkpoint(
             shutil.rmtree(partial, ignore_errors=True)
             raise
         _put_in_place(partial, final)
-        # later ones are of a run that this one branched off from: not in its way, and not its own to remove
+        # later ones, if there are any, are of another run: not in its way, and not its own to remove
         for old in [path for path in list_checkpoints(folder) if _step_of(path) <= step][:-keep]:
             _remove(old)
 
@@ -325,25 +336,28 @@ def load_weights(model: torch.nn.Module, checkpoint: Path) -> None:
 
 
 def restore(
-    accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path
+    accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Path, folder: Path
 ) -> None:
     """Loads all of a checkpoint but the weights, once everything is prepared and registered. Call it on every process.
 
     Random generators of a process that was not there when the checkpoint was written stay as they are, which the log
-    tells: dropout then draws other numbers than in an unbroken run.
+    tells: dropout then draws other numbers than in an unbroken run. Later checkpoints in `folder` are of a branch that
+    is left: they are named in the log, and renamed to `step-....left`, so that "latest" goes on with this one.
 
     Args:
         accelerator: The run's accelerator.
         model: The model that it prepared, with the checkpoint's weights.
         optimizer: The optimizer that it prepared.
         checkpoint: Folder that `find_checkpoint` returned.
+        folder: Where this run's checkpoints lie.
 
     Raises:
         ValueError: if it does not fit the run, such as another number of images a step.
+        OSError: on every process, if a later checkpoint can't be renamed.
     """
     try:
         position = json.loads((checkpoint / PROGRESS_FILE).read_text())
-        _load_position(accelerator, optimizer, position)
+        load_position(accelerator, optimizer, position)
         load_optimizer_state(accelerator, model, optimizer, load_file(checkpoint / OPTIMIZER_FILE))
         if not load_random_states(accelerator, load_file(checkpoint / RANDOM_FILE)):
             logger.warning(
@@ -352,41 +366,24 @@ def restore(
             )
     except Exception as error:  # as above
         raise _does_not_fit(checkpoint, error) from error
+    (step,) = (item.step for item in accelerator._custom_objects if isinstance(item, TrainingProgress))
+    if error := _on_main_process(accelerator, lambda: _leave_later(folder, step)):
+        raise OSError(f"{folder}: the checkpoints after step {step} could not be renamed ({error}).")
 
 
-def _position(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "distributed_type": accelerator.distributed_type.value,
-        "num_processes": accelerator.num_processes,
-        "optimizer": _optimizer_name(optimizer),
-        "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),  # of fp16
-        # what scripts gave to `register_for_checkpointing`; it has no public reader
-        "registered": [[type(item).__name__, item.state_dict()] for item in accelerator._custom_objects],
-    }
+def _leave_later(folder: Path, step: int) -> None:
+    later = [path for path in list_checkpoints(folder) if _step_of(path) > step]
+    if later:
+        names = ", ".join(path.name for path in later)
+        logger.warning("Going on from step %d in %s: renamed to *%s are %s.", step, folder, LEFT_SUFFIX, names)
+    for path in later:
+        _rename_aside(path, LEFT_SUFFIX)
 
 
-def _load_position(accelerator: Accelerator, optimizer: torch.optim.Optimizer, position: dict[str, Any]) -> None:
-    if position["format"] != FORMAT:
-        raise ValueError(f"it has format {position['format']}, and this version reads format {FORMAT}")
-    if position["optimizer"] != _optimizer_name(optimizer):
-        raise ValueError(f"its optimizer is {position['optimizer']}, and this run's {_optimizer_name(optimizer)}")
-    names = [type(item).__name__ for item in accelerator._custom_objects]
-    stored = [name for name, _ in position["registered"]]
-    if names != stored:
-        raise ValueError(f"it holds the states of {stored}, expected {names}")
-    if (accelerator.scaler is None) != (position["scaler"] is None):
-        raise ValueError("one of both trains in fp16, with a loss scaler, and the other does not")
-    for item, (_, state) in zip(accelerator._custom_objects, position["registered"], strict=True):
-        item.load_state_dict(state)
-    if accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(position["scaler"])
-
-
-def _optimizer_name(optimizer: torch.optim.Optimizer) -> str:
-    while hasattr(optimizer, "optimizer"):  # Accelerate's and DeepSpeed's wrappers
-        optimizer = optimizer.optimizer
-    return type(optimizer).__name__
+def _rename_aside(checkpoint: Path, suffix: str) -> None:
+    aside = checkpoint.with_name(checkpoint.name + suffix)
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
 
 
 def _find(folder: Path, resume_from: str | None) -> Path | None:
@@ -416,9 +413,7 @@ def _find(folder: Path, resume_from: str | None) -> Path | None:
         if problem is None:
             for damaged, what in problems:
                 logger.warning("%s is damaged: %s. Resuming from %s.", damaged, what, checkpoint)
-                aside = damaged.with_name(damaged.name + CORRUPT_SUFFIX)
-                shutil.rmtree(aside, ignore_errors=True)
-                damaged.rename(aside)
+                _rename_aside(damaged, CORRUPT_SUFFIX)
             return checkpoint
         problems.append((checkpoint, problem))
     if problems:

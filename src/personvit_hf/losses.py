@@ -64,7 +64,7 @@ def mim_loss(student: torch.Tensor, teacher: torch.Tensor, weights: torch.Tensor
     Source:
         iBOT `main_ibot.py`, `iBOTLoss` (arXiv 2111.07832, eq. 2).
     """
-    return -((teacher * student).sum(-1) * weights).sum()
+    return ((teacher * student).sum(-1) * -weights).sum()  # of no patches 0.0: the sum's negative would be -0.0
 
 
 def masked_patch_weights(bool_masked_pos: torch.Tensor, num_masked: int, dtype: torch.dtype) -> torch.Tensor:

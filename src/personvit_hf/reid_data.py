@@ -23,6 +23,7 @@ from .reid_layouts import (
 )
 
 SPLITS = ("train", "query", "gallery")
+TEST_SPLITS = ("query", "gallery")  # which all data have; what is for evaluation alone has no others
 ID_COLUMNS = ("person_id", "camera_id")
 
 
@@ -34,28 +35,30 @@ def load_reid_dataset(name_or_path: str | os.PathLike, root: str | os.PathLike |
             - the name of a benchmark that lies at `root`: "market1501", "dukemtmc-reid", "occluded-duke", "msmt17"
               (either version), "msmt17-v1", "msmt17-v2"; case and punctuation don't matter, and the usual names of
               their folders and archives (Market-1501-v15.09.15, Occluded_Duke) do, too;
-            - a Market-1501 folder tree: bounding_box_train, query and bounding_box_test with images named like
-              0002_c1s1_000451_03.jpg (person 2, camera 1) or 0005_c2_f0046985.jpg; rows are sorted by file name, other
-              files are ignored;
+            - a Market-1501 folder tree: bounding_box_train (or none), query and bounding_box_test with images named
+              like 0002_c1s1_000451_03.jpg (person 2, camera 1) or 0005_c2_f0046985.jpg; rows are sorted by file name,
+              other files are ignored;
             - an MSMT17 folder tree: list_*.txt beside train and test, or mask_train_v2 and mask_test_v2; the split
-              train is list_train.txt and list_val.txt together;
+              train is list_train.txt and list_val.txt together, if one of them is there;
             - a .zip or .tar archive (also .tar.gz) of such a tree, which is read without being unpacked: its images
               are copied, as they are, to the cache of `datasets` the first time;
             - a folder with parquet files, or a Hub data set "owner/name", with the columns below: its config
               "labelled" if its README defines one, else its default config. A folder without configs is read by file
-              names (or subfolders) that start with train, query and gallery.
+              names (or subfolders) that start with train (or none do), query and gallery.
         root: Where the benchmark is: its folder or archive, or a folder that holds that under one of its usual names.
 
     Returns:
         `datasets.DatasetDict` with train, query and gallery, and the columns image (`datasets.Image`), person_id and
-        camera_id (int64), then any others the files have. person_id is as in the file: -1 is junk, 0 a distractor.
+        camera_id (int64), then any others the files have. Where the data have no train, "train" is no key: they serve
+        evaluation, and `training_rows` raises. person_id is as in the file: -1 is junk, 0 a distractor.
         MSMT17 numbers people from 0, in train and test anew; here train is 1 to 1041 and test 1042 to 4101.
         camera_id counts from 0 (c1 is camera 0), as models with camera embeddings need it.
 
     Raises:
         FileNotFoundError: There is no such folder or Hub data set, the benchmark isn't at `root`, or a folder or list
             of the tree is missing.
-        ValueError: A split is missing or empty, a file name has no ids, or a column is missing or has a wrong type.
+        ValueError: Query or gallery is missing, a split is empty, a file name has no ids, or a column is missing or
+            has a wrong type.
 
     Warns:
         UserWarning: A benchmark's ids, images and cameras are not as many as published, or files that its lists name
@@ -76,12 +79,32 @@ def load_reid_dataset(name_or_path: str | os.PathLike, root: str | os.PathLike |
         else:
             warn_of_missing(files)
             found = _table(files)
-    missing = [split for split in SPLITS if split not in found]
+    missing = [split for split in TEST_SPLITS if split not in found]
     if missing:
         raise ValueError(
-            f"{name_or_path}: no split {', '.join(missing)}; found {', '.join(found)}. Expected {', '.join(SPLITS)}."
+            f"{name_or_path}: no split {', '.join(missing)}; found {', '.join(found)}. Expected query and gallery, "
+            "and train to train on."
         )
-    return datasets.DatasetDict({split: _checked(found[split], f"{name_or_path}, {split}") for split in SPLITS})
+    splits = [split for split in SPLITS if split in found]
+    return datasets.DatasetDict({split: _checked(found[split], f"{name_or_path}, {split}") for split in splits})
+
+
+def training_rows(dataset: datasets.DatasetDict, source: str | os.PathLike) -> datasets.Dataset:
+    """The split train.
+
+    Args:
+        dataset: What `load_reid_dataset` returns.
+        source: Its name, for the message.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if "train" not in dataset:
+        raise ValueError(
+            f"{source} has no split train, only {' and '.join(dataset)}: it can be evaluated on, not trained on. Add "
+            f"{MARKET_FOLDERS['train']} to a Market-1501 tree, train*.parquet to a folder of parquet files."
+        )
+    return dataset["train"]
 
 
 def person_labels(person_ids: Iterable[int]) -> dict[int, int]:
@@ -212,13 +235,13 @@ def _local_parquet(root: Path) -> dict[str, datasets.Dataset]:
         names = [split for part in reversed(Path(file).parts) for split in SPLITS if part.startswith(split)]
         if names:
             by_split[names[0]].append(literal(root / file))
-    absent = [split for split, paths in by_split.items() if not paths]
+    absent = [split for split in TEST_SPLITS if not by_split[split]]
     if absent:
         raise ValueError(
             f"{root}: no parquet file or subfolder starts with {', '.join(absent)}; found {', '.join(files)}."
         )
     # One by one: read together they would have to agree in every column, ours or not.
-    return {split: load_rows("parquet", data_files=paths, split="train") for split, paths in by_split.items()}
+    return {split: load_rows("parquet", data_files=paths, split="train") for split, paths in by_split.items() if paths}
 
 
 def _checked(rows: datasets.Dataset, source: str) -> datasets.Dataset:

@@ -91,7 +91,7 @@ class LabelledFiles:
     Attributes:
         tree: Where the files lie.
         prefix: Folder of the tree in which the data set begins, "" or with a "/" at its end.
-        rows: By split, (name in `tree`, person_id, camera_id) in the order of the table.
+        rows: By split, (name in `tree`, person_id, camera_id) in the order of the table. "train" may be missing.
         missing: By split, files that the data set's own lists name and that aren't there.
         benchmark: Which one it is, if it was asked for by name.
     """
@@ -189,7 +189,7 @@ def warn_of_missing(files: LabelledFiles) -> None:
     benchmark = files.benchmark
     if benchmark is not None:
         for split, published in benchmark.counts.items():
-            rows = files.rows[split]
+            rows = files.rows.get(split, [])
             found = Counts(len(rows), len({row[1] for row in rows if row[1] > 0}), len({row[2] for row in rows}))
             if found != published:
                 told.append(
@@ -207,7 +207,7 @@ def _clues(files: LabelledFiles) -> list[str]:
     clues = []
     people = {split: {person for _, person, _ in rows if person > 0} for split, rows in files.rows.items()}
     if files.benchmark.persons is not None:
-        absent = sorted(set(files.benchmark.persons) - people["train"] - people["gallery"])
+        absent = sorted(set(files.benchmark.persons) - people.get("train", set()) - people["gallery"])
         if absent:
             clues.append(f"no image of persons {_ranges(absent)}")
     alone = sorted(people["query"] - people["gallery"])
@@ -283,7 +283,11 @@ def _read_market(tree: FileTree, prefix: str) -> LabelledFiles:
             )
         rows[folder_of[folder]].append((name, int(ids[1]), int(ids[2]) - 1))
     for folder, split in folder_of.items():
-        if isinstance(tree, FolderTree) and not (tree.path / folder).is_dir():
+        is_there = (tree.path / folder).is_dir() if isinstance(tree, FolderTree) else bool(rows[split])
+        if split == "train" and not is_there:
+            del rows[split]
+            continue
+        if isinstance(tree, FolderTree) and not is_there:
             raise FileNotFoundError(
                 f"{tree.path / folder}: no such folder; a Market-1501 tree has {', '.join(MARKET_FOLDERS.values())}."
             )
@@ -298,6 +302,9 @@ def _read_msmt17(tree: FileTree, prefix: str, version: str) -> LabelledFiles:
     actual = {name.lower(): name for name in tree.names}
     for split, lists in MSMT17_LISTS.items():
         folder = MSMT17_FOLDERS[version][0 if split == "train" else 1]
+        if split == "train" and not any((prefix + list_name).lower() in actual for list_name in lists):
+            del files.rows[split]
+            continue
         for list_name in lists:
             if (prefix + list_name).lower() not in actual:
                 raise FileNotFoundError(

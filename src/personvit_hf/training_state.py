@@ -20,6 +20,7 @@ from .distributed import deepspeed_partitions, unwrap
 
 # between a parameter's name and that of one of its optimizer states, and between a process and one of its generators
 SEPARATOR = "/"
+FORMAT = 1
 
 
 def optimizer_state(
@@ -216,3 +217,44 @@ def load_random_states(accelerator: Accelerator, states: dict[str, torch.Tensor]
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"the states of the random generators can't be used: {error}") from error
     return True
+
+
+def position_of(accelerator: Accelerator, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Where a run stands, as JSON: what is registered with `accelerator`, and the loss scaler of fp16."""
+    return {
+        "format": FORMAT,
+        "distributed_type": accelerator.distributed_type.value,
+        "num_processes": accelerator.num_processes,
+        "optimizer": _optimizer_name(optimizer),
+        "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),  # of fp16
+        # what scripts gave to `register_for_checkpointing`; it has no public reader
+        "registered": [[type(item).__name__, item.state_dict()] for item in accelerator._custom_objects],
+    }
+
+
+def load_position(accelerator: Accelerator, optimizer: torch.optim.Optimizer, position: dict[str, Any]) -> None:
+    """Puts what `position_of` returned back.
+
+    Raises:
+        ValueError: if the run is of another kind: its optimizer, its precision or what it registered.
+    """
+    if position["format"] != FORMAT:
+        raise ValueError(f"it has format {position['format']}, and this version reads format {FORMAT}")
+    if position["optimizer"] != _optimizer_name(optimizer):
+        raise ValueError(f"its optimizer is {position['optimizer']}, and this run's {_optimizer_name(optimizer)}")
+    names = [type(item).__name__ for item in accelerator._custom_objects]
+    stored = [name for name, _ in position["registered"]]
+    if names != stored:
+        raise ValueError(f"it holds the states of {stored}, expected {names}")
+    if (accelerator.scaler is None) != (position["scaler"] is None):
+        raise ValueError("one of both trains in fp16, with a loss scaler, and the other does not")
+    for item, (_, state) in zip(accelerator._custom_objects, position["registered"], strict=True):
+        item.load_state_dict(state)
+    if accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(position["scaler"])
+
+
+def _optimizer_name(optimizer: torch.optim.Optimizer) -> str:
+    while hasattr(optimizer, "optimizer"):  # Accelerate's and DeepSpeed's wrappers
+        optimizer = optimizer.optimizer
+    return type(optimizer).__name__
