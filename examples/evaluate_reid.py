@@ -35,7 +35,7 @@ def main() -> None:
     accelerator = Accelerator()
     require_connected(accelerator)
     model, processor = load_embedder(args.model)
-    dataset = load_reid_dataset(args.data)
+    dataset = load_reid_dataset(args.data, require_train=False)
     require_true_match(dataset, args.data)
     if args.output:
         require_writable(Path(args.output))

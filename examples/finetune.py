@@ -39,7 +39,7 @@ from personvit_hf.hub import RunPublisher
 from personvit_hf.loading import load_pretrained
 from personvit_hf.person_images import BrokenImage, BrokenImageBudget, PersonImages
 from personvit_hf.preemption import StopRequest, ignore_stop_requests
-from personvit_hf.reid_data import person_labels, require_true_match, training_rows
+from personvit_hf.reid_data import person_labels, require_true_match
 from personvit_hf.sampling import PKSampler
 from personvit_hf.schedules import StepPlan, finetune_learning_rate, finetuning_parameter_groups, is_due
 from personvit_hf.scripting import (
@@ -230,7 +230,7 @@ def prepare_run(args: FinetuneArguments, accelerator: Accelerator) -> Run:
     checkpoint = find_checkpoint(accelerator, output_dir / "checkpoints", args.resume_from)
     dataset = load_reid_dataset(args.data)
     require_true_match(dataset, args.data)
-    train = training_rows(dataset, args.data)
+    train = dataset["train"]
     labels = person_labels(train["person_id"])
     num_cameras = 1 + max(max(rows["camera_id"]) for rows in dataset.values()) if args.use_cameras else 0
     dataloader = build_dataloader(args, train, labels)

@@ -271,7 +271,7 @@ def prepare_run(args: PretrainArguments, accelerator: Accelerator) -> Run:
     height, width = args.image_size
     processor = PersonViTImageProcessor(size={"height": height, "width": width})
     dataloader = build_dataloader(args, model.config, accelerator)
-    eval_dataset = load_reid_dataset(args.eval_data) if args.eval_data else None
+    eval_dataset = load_reid_dataset(args.eval_data, require_train=False) if args.eval_data else None
     if eval_dataset is not None:
         require_true_match(eval_dataset, args.eval_data)
     groups = pretraining_parameter_groups(model, args.weight_decay)

@@ -35,7 +35,6 @@ from personvit_hf import load_person_images, load_reid_dataset
 from personvit_hf.checkpointing import list_checkpoints
 from personvit_hf.files import written_aside
 from personvit_hf.loading import load_embedder
-from personvit_hf.reid_data import training_rows
 from personvit_hf.scripting import option, parse_arguments, read_settings, score
 
 EXAMPLES = Path(__file__).resolve().parent
@@ -311,7 +310,7 @@ def labelled_data(args: StudyArguments) -> Path:
         return Path(args.data)
     folder = Path(args.output_dir) / "data" / "validation"
     if not (folder / "query.parquet").is_file():
-        rows = training_rows(load_reid_dataset(args.data), args.data)
+        rows = load_reid_dataset(args.data)["train"]
         persons, cameras = np.array(rows["person_id"]), np.array(rows["camera_id"])
         people = np.unique(persons[persons > 0])
         held_out = np.isin(persons, people[len(people) // 2 :])
@@ -347,7 +346,7 @@ def scored(folder: Path, labelled: Path, split: str, robust: bool) -> dict[str, 
 
 def checked(args: StudyArguments, folder: Path, kind: str) -> dict[str, float]:
     """mAP on `check_data` of a pre-trained model, or of one fine-tuned on it in the place of this fine-tuned one."""
-    rows = training_rows(load_reid_dataset(args.check_data), args.check_data)
+    rows = load_reid_dataset(args.check_data)["train"]
     people = {person for person in rows["person_id"] if person > 0}
     if kind == "fine-tuned":
         settings = json.loads((folder / "study.json").read_text()) | {"data": args.check_data}

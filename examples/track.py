@@ -20,7 +20,7 @@ from torchvision.ops import box_iou
 
 from personvit_hf.extras import require
 from personvit_hf.person_images import PersonImages
-from personvit_hf.reid_data import load_reid_dataset, training_rows
+from personvit_hf.reid_data import load_reid_dataset
 from personvit_hf.scripting import option, parse_arguments
 from personvit_hf.tracking import TrackerEmbedder
 
@@ -149,7 +149,7 @@ def main() -> None:
     for module in ("deep_sort_realtime",) if args.video else ("deep_sort_realtime", "motmetrics"):
         require(module, "track")
     dataset = load_reid_dataset(args.data)
-    labelled = training_rows(dataset, args.data)
+    labelled = dataset["train"]
     train, people = PersonImages(labelled), np.array(labelled["person_id"])
     train = [train[i] for i in range(len(train))]
     ours = TrackerEmbedder.from_pretrained(args.model, neck_feature="after").predict

@@ -805,7 +805,7 @@ def test_data_for_evaluation_alone(people, finetuned, tmp_path):
     assert json.loads((tmp_path / "e.json").read_text())["mAP"] == pytest.approx(
         json.loads((finetuned / "results.json").read_text())["mAP"]
     )
-    with pytest.raises(ValueError, match="tests has no split train, only query and gallery"):
+    with pytest.raises(FileNotFoundError, match="tests: no split train; found query, gallery"):
         run("finetune.py", output_dir=tmp_path / "out", **FINETUNE | settings)
     assert not (tmp_path / "out").exists()
 

@@ -220,7 +220,7 @@ def evaluate(
     accelerator = Accelerator()
     require_connected(accelerator)
     network, processor = load_embedder(model)
-    dataset = load_reid_dataset(data)
+    dataset = load_reid_dataset(data, require_train=False)
     require_true_match(dataset, data)
     if output:
         require_writable(output)

@@ -132,7 +132,7 @@ def retrieval(
     from .visualization import draw_rankings
 
     network, processor = _load(model, out)
-    dataset = load_reid_dataset(data)
+    dataset = load_reid_dataset(data, require_train=False)
     chosen = _rows(rows, len(dataset["query"]), num_queries)
     found = rank_benchmark(embed_benchmark(network, processor, dataset), chosen, top)
     queries = PersonImages(dataset["query"])

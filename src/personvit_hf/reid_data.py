@@ -27,7 +27,9 @@ TEST_SPLITS = ("query", "gallery")  # which all data have; what is for evaluatio
 ID_COLUMNS = ("person_id", "camera_id")
 
 
-def load_reid_dataset(name_or_path: str | os.PathLike, root: str | os.PathLike | None = None) -> datasets.DatasetDict:
+def load_reid_dataset(
+    name_or_path: str | os.PathLike, root: str | os.PathLike | None = None, require_train: bool = True
+) -> datasets.DatasetDict:
     """A labelled re-identification benchmark.
 
     Args:
@@ -46,18 +48,18 @@ def load_reid_dataset(name_or_path: str | os.PathLike, root: str | os.PathLike |
               "labelled" if its README defines one, else its default config. A folder without configs is read by file
               names (or subfolders) that start with train (or none do), query and gallery.
         root: Where the benchmark is: its folder or archive, or a folder that holds that under one of its usual names.
+        require_train: False for data that need serve evaluation alone: without train it is no key of the result.
 
     Returns:
         `datasets.DatasetDict` with train, query and gallery, and the columns image (`datasets.Image`), person_id and
-        camera_id (int64), then any others the files have. Where the data have no train, "train" is no key: they serve
-        evaluation, and `training_rows` raises. person_id is as in the file: -1 is junk, 0 a distractor.
+        camera_id (int64), then any others the files have. person_id is as in the file: -1 is junk, 0 a distractor.
         MSMT17 numbers people from 0, in train and test anew; here train is 1 to 1041 and test 1042 to 4101.
         camera_id counts from 0 (c1 is camera 0), as models with camera embeddings need it.
 
     Raises:
         FileNotFoundError: There is no such folder or Hub data set, the benchmark isn't at `root`, or a folder or list
             of the tree is missing.
-        ValueError: Query or gallery is missing, a split is empty, a file name has no ids, or a column is missing or
+        ValueError: A split is missing or empty, a file name has no ids, or a column is missing or
             has a wrong type.
 
     Warns:
@@ -69,7 +71,7 @@ def load_reid_dataset(name_or_path: str | os.PathLike, root: str | os.PathLike |
             f"{name_or_path}: no such file or folder. For the benchmark of this name, say where it lies: "
             f"load_reid_dataset({str(name_or_path)!r}, root=...)."
         )
-    source = resolve_source(name_or_path) if root is None else given_path(root)
+    source, files = resolve_source(name_or_path) if root is None else given_path(root), None
     if isinstance(source, str):
         found = load_rows(source, config="labelled")
     else:
@@ -79,32 +81,15 @@ def load_reid_dataset(name_or_path: str | os.PathLike, root: str | os.PathLike |
         else:
             warn_of_missing(files)
             found = _table(files)
-    missing = [split for split in TEST_SPLITS if split not in found]
+    missing = [split for split in (SPLITS if require_train else TEST_SPLITS) if split not in found]
     if missing:
-        raise ValueError(
-            f"{name_or_path}: no split {', '.join(missing)}; found {', '.join(found)}. Expected query and gallery, "
-            "and train to train on."
-        )
+        problem = f"{name_or_path}: no split {', '.join(missing)}; found {', '.join(found)}."
+        if files is None:
+            raise ValueError(problem)
+        folders = ", ".join(MARKET_FOLDERS[split] for split in missing)
+        raise FileNotFoundError(f"{problem} In a Market-1501 tree that is {folders}.")
     splits = [split for split in SPLITS if split in found]
     return datasets.DatasetDict({split: _checked(found[split], f"{name_or_path}, {split}") for split in splits})
-
-
-def training_rows(dataset: datasets.DatasetDict, source: str | os.PathLike) -> datasets.Dataset:
-    """The split train.
-
-    Args:
-        dataset: What `load_reid_dataset` returns.
-        source: Its name, for the message.
-
-    Raises:
-        ValueError: There is none.
-    """
-    if "train" not in dataset:
-        raise ValueError(
-            f"{source} has no split train, only {' and '.join(dataset)}: it can be evaluated on, not trained on. Add "
-            f"{MARKET_FOLDERS['train']} to a Market-1501 tree, train*.parquet to a folder of parquet files."
-        )
-    return dataset["train"]
 
 
 def person_labels(person_ids: Iterable[int]) -> dict[int, int]:

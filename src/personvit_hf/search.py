@@ -22,7 +22,7 @@ from .embedding import KEPT_ID_COLUMNS, EmbeddingFolder
 from .extras import require
 from .files import read_json
 from .person_images import decode_image, load_person_images
-from .reid_data import SPLITS, load_reid_dataset, training_rows
+from .reid_data import SPLITS, load_reid_dataset
 from .visualization import draw_rankings, save_figure
 
 Filter = Mapping[str, Sequence[Any]]
@@ -382,8 +382,7 @@ def load_gallery_images(data: str, split: str | None) -> datasets.Dataset:
         return load_person_images(data, keep=KEPT_ID_COLUMNS)
     if split not in SPLITS:
         raise ValueError(f"`split` must be one of {', '.join(SPLITS)}, got {split!r}.")
-    dataset = load_reid_dataset(data)
-    rows = training_rows(dataset, data) if split == "train" else dataset[split]
+    rows = load_reid_dataset(data, require_train=split == "train")[split]
     return rows.cast_column("image", datasets.Image(decode=False))
 
 
