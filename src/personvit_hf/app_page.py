@@ -53,14 +53,15 @@ function escaped(name) {  // the template doesn't escape
 }
 function take(file) {
   if (!file) return;
+  const shownName = escaped(file.name);
   if (file.size > props.megabytes * 1048576) {
-    props.problem = `${escaped(file.name)} has more than ${props.megabytes} MB.`;
+    props.problem = `${shownName} has more than ${props.megabytes} MB.`;
     return;
   }
   const reader = new FileReader(), shown = new Image();
   reader.onload = () => shown.src = reader.result.replace(/^data:[^,]*,/, "data:image/any;base64,");
   shown.onload = () => choose(shown.src, file.name);
-  shown.onerror = () => props.problem = `${escaped(file.name)} is not an image that is read here (JPEG, PNG, WebP, BMP).`;
+  shown.onerror = () => props.problem = `${shownName} is not an image that is read here (JPEG, PNG, WebP, BMP).`;
   reader.readAsDataURL(file);
 }
 function choose(address, name) {

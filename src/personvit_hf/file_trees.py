@@ -209,21 +209,27 @@ class TarTree(FileTree):
     def _list(self) -> None:
         file_size = self.path.stat().st_size
         limit = _MAX_COMPRESSION * file_size + 2**28 if self.is_compressed else None
-        name = ""
+        name, last, refused = "", -1, None
         try:
-            while (member := self._tar.next()) is not None:
+            while not refused and (member := self._tar.next()) is not None:
                 self._tar.members = []  # it would keep them all, a kilobyte each
                 name = member.name
-                if limit is not None and member.offset_data + member.size > limit:
-                    raise ValueError(
-                        f"{self.path}, {name}: unpacks to more than {_MAX_COMPRESSION} times the archive's size, "
-                        "which images never do."
-                    )
-                if not member.isdir():
+                if member.size < 0 or member.offset <= last:  # tarfile would go back, and read on for ever
+                    refused = "its header leads back to what has been read, as that of no good archive does."
+                elif limit is not None and member.offset_data + member.size > limit:
+                    refused = f"unpacks to over {_MAX_COMPRESSION} times the archive's size, which images never do."
+                elif not member.isdir():
                     self._add(member)
+                last = member.offset
             end = getattr(self._tar, "last_block", b"")
         except (tarfile.TarError, EOFError, OSError) as error:
             end = str(error).encode()
+        except Exception as error:  # headers of any bytes: tarfile raises half a dozen types
+            raise ValueError(
+                f"{self.path}: no tar archive that can be read after {name} ({error}). Fetch the file again."
+            ) from error
+        if refused:
+            raise ValueError(f"{self.path}, {name}: {refused}")
         if end.strip(b"\0") or len(end) < tarfile.BLOCKSIZE:  # two blocks of zeros end a tar
             self._skip(f"everything after {name}", "archive cut off or damaged")
 
@@ -254,7 +260,7 @@ class _BoundedTarInfo(tarfile.TarInfo):
         return member._proc_member(tar)
 
     def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
-        if self.type in _HEADERS_READ_WHOLE and self.size > _MAX_TAR_HEADER_BYTES:
+        if self.type in _HEADERS_READ_WHOLE and not 0 <= self.size <= _MAX_TAR_HEADER_BYTES:
             raise ValueError(
                 f"{tar.name}: a header of {self.size} bytes; more than {_MAX_TAR_HEADER_BYTES} is refused."
             )
