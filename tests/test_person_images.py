@@ -349,6 +349,38 @@ def test_split_broken_keeps_the_order():
     assert split_broken(["a", bad[0], (1, 2), bad[1], "b"]) == (["a", (1, 2), "b"], bad)
 
 
+@pytest.mark.parametrize(
+    ("part", "found"),
+    [(b"\xff\xda\0\x08\1\1\0\0\x3f\0", "scans"), (b"\xff\xe1\0\x0aExif\0\0\0\0", "blocks of EXIF")],
+)
+def test_jpegs_that_would_keep_a_decoder_busy(part, found):
+    content = picture(format="JPEG")
+    with pytest.raises(ValueError, match=f"image: a JPEG of [0-9]+ {found}"):
+        decode_image(content[:2] + 1000 * part + content[2:])
+    assert decode_image(picture(format="JPEG", progressive=True)).shape == (5, 3, 3)
+
+
+def test_wide_bmps_with_run_lengths():
+    header = np.array([40, 2**24, 1, 1 | 8 << 16, 1, 6, 0, 0, 256, 0], "<u4").tobytes()
+    content = b"BM" + np.array([1092 - 8, 0, 1078], "<u4").tobytes() + header + bytes(1024) + b"\0\2\0\xff\0\1"
+    with pytest.raises(ValueError, match="image: a BMP with run lengths, 16777216 pixels wide"):
+        decode_image(content)
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "JPEG"])
+def test_large_or_corrupt_exif_is_left_alone(format):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    block = exif.tobytes()
+    assert decode_image(picture(format=format, exif=block)).shape == (3, 5, 3)
+    if format != "JPEG":  # whose segments hold less
+        assert decode_image(picture(format=format, exif=block + bytes(2**16))).shape == (5, 3, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        corrupt = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x0f\x01\x02\0\xff\xff\xff\0\xff\xff\0\0"
+        assert decode_image(picture(format=format, exif=corrupt)).shape == (5, 3, 3)
+
+
 def test_odd_exif_costs_no_picture():
     upright = np.random.default_rng(0).integers(0, 256, (40, 24, 3), dtype=np.uint8)
     for orientation in range(10):
