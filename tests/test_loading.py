@@ -148,6 +148,7 @@ def test_the_feature_of_a_subclass_is_its_own(checkpoint, neck_feature):
         ({"id2label": [1]}, "config.json"),
         ({"dtype": "float99"}, "config.json"),
         ({"dtype": "load"}, "config.json"),
+        ({"dtype": "int8"}, "config.json"),
         ({"_attn_implementation": "owner/kernel"}, "names code elsewhere"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
         ({"num_cameras": 2**20, "num_views": 2**20}, "num_cameras"),

@@ -220,6 +220,27 @@ def test_decode_sources(tmp_path):
         np.testing.assert_array_equal(decode_image(source), expected)
 
 
+@pytest.mark.parametrize(
+    ("readme", "found"),
+    [
+        ("a: &a [x]\nb: [*a, *a]", "line 2: the alias .a"),
+        ("configs:\n- config_name: a\n  data_files: ../other/*.parquet", "../other/.* lies outside"),
+        (
+            "configs:\n- config_name: a\n  data_files:\n  - split: train\n    path: [/other/a.parquet]",
+            "/other/a.* outside",
+        ),
+        ("configs:\n- config_name: a\n  data_files: zip://a.parquet::/other/a.zip", "/other/a.* outside"),
+        ("configs:\n- config_name: a\n  data_dir: ../other", "../other lies outside"),
+    ],
+)
+def test_readmes_that_lead_astray(tmp_path, readme, found):
+    images = datasets.Features({"image": datasets.Image(decode=False)})
+    datasets.Dataset.from_dict({"image": [picture()]}, images).to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "README.md").write_text(f"---\n{readme}\n---\n")
+    with pytest.raises(ValueError, match=f"{tmp_path}: can.t be read: .*{found}"):
+        load_person_images(tmp_path)
+
+
 def test_exif_orientation_is_applied():
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera lay on its side

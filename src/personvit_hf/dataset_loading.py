@@ -11,8 +11,10 @@ import datasets
 from datasets.data_files import DataFilesDict, get_data_patterns, sanitize_patterns
 from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCard
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from .file_trees import walk_files
+from .files import require_no_aliases
 
 EMBEDDINGS_FILE = "embeddings.json"  # is in each folder that `personvit embed` made
 
@@ -79,10 +81,28 @@ def readme_configs(folder: Path) -> MetadataConfigs:
         ValueError: It can't be read.
     """
     readme = folder / "README.md"
+    if not readme.is_file():
+        return MetadataConfigs()
     try:
-        return MetadataConfigs.from_dataset_card_data(DatasetCard.load(readme).data if readme.is_file() else {})
+        text = readme.read_text(encoding="utf-8-sig")
+        if block := REGEX_YAML_BLOCK.search(text):
+            require_no_aliases(block[2])
+        configs = MetadataConfigs.from_dataset_card_data(DatasetCard(text).data)
+        for config in configs.values():
+            _require_inside([config.get("data_files"), config.get("data_dir")])
+        return configs
     except Exception as error:  # YAML of any content
         raise ValueError(f"{readme}: what it tells of the data set can't be read: {error}") from error
+
+
+def _require_inside(paths: Any) -> None:
+    """Raises a ValueError if paths of a README, in lists and dictionaries, lead out of its folder on this machine."""
+    if isinstance(paths, dict | list):
+        for path in paths.values() if isinstance(paths, dict) else paths:
+            _require_inside(path)
+    elif isinstance(paths, str) and ("::" in paths or not paths.startswith(("https://", "http://", "hf://"))):
+        if "://" in paths or "::" in paths or os.path.isabs(paths) or ".." in paths.replace("\\", "/").split("/"):
+            raise ValueError(f"{paths} lies outside its folder; name files in it")
 
 
 def literal(path: str | os.PathLike) -> str:

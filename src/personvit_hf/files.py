@@ -125,18 +125,27 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The settings in a YAML file of any origin; empty if there is no such file.
 
     Raises:
-        ValueError: if it is no YAML mapping.
+        ValueError: if it is no YAML mapping, or holds aliases.
     """
     if not path.is_file():
         return {}
     content = path.read_bytes()
     try:
-        settings = yaml.safe_load(content.decode())
+        text = content.decode()
+        require_no_aliases(text)
+        settings = yaml.safe_load(text)
     except Exception as error:  # of many types: yaml wraps few of what its readers of dates and numbers raise
         raise ValueError(f"{path}: not a YAML file: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: expected lines `setting: value`, found {type(settings).__name__}.")
     return settings
+
+
+def require_no_aliases(text: str) -> None:
+    """Raises a ValueError if YAML holds aliases: a few lines of them tell of billions of entries."""
+    alias = next((event for event in yaml.parse(text) if isinstance(event, yaml.AliasEvent)), None)
+    if alias is not None:
+        raise ValueError(f"line {alias.start_mark.line + 1}: the alias *{alias.anchor}; write out what it stands for")
 
 
 def flush_to_disk(folder: Path) -> None:

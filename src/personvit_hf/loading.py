@@ -154,7 +154,7 @@ def _read_weights(model_class: type[Model], name_or_path: str, **options: Any) -
             )
     try:
         return model_class.from_pretrained(name_or_path, output_loading_info=True, use_safetensors=True, **options)
-    except WRONG_VALUES as error:  # such as an unknown `hidden_act`
+    except (ValueError, ImportError, *WRONG_VALUES) as error:  # such as an unknown `hidden_act`, or dtype int8
         raise ValueError(f"{name_or_path}: its config.json is damaged or was edited: {error!r}") from error
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{name_or_path}: its weights can't be read ({error}).") from error
