@@ -2,6 +2,7 @@ import io
 import logging
 import os
 import pickle
+import tarfile
 import warnings
 import zlib
 from pathlib import Path
@@ -357,6 +358,22 @@ def test_budget_reports_each_image_once(caplog):
     assert caplog.text.count("row 5: cut off") == 1
     assert budget.end_epoch() == 3
     assert "3 of 30 images were broken" in caplog.text
+
+
+def test_names_steer_no_terminal(caplog, tmp_path):
+    with pytest.raises(RuntimeError) as caught:
+        budget = BrokenImageBudget()
+        budget.count([BrokenImage("a\x1b[2J", "a\x1b[2J: cut off")], 1)
+        budget.end_epoch()
+    assert "\x1b" not in caplog.text + str(caught.value) and r"a\x1b[2J: cut off" in caplog.text
+    odd = tmp_path / "a\x1b[2J.jpg"
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        (tmp_path / "good.jpg").write_bytes(picture())
+        archive.add(tmp_path / "good.jpg", "good.jpg")
+        archive.add(tmp_path / "good.jpg", odd.name)
+    with pytest.warns(UserWarning, match="unsafe name") as told:
+        load_person_images(tmp_path / "a.tar")
+    assert "\x1b" not in str(told[0].message)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])

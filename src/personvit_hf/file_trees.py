@@ -17,6 +17,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from .files import printable
+
 # Largest file read, in bytes. A person crop has some 10,000.
 MAX_FILE_BYTES = 2**26
 
@@ -471,7 +473,7 @@ def warn_of_skipped(tree: FileTree) -> None:
     """Warns once of what a tree passes over, counted by reason with the first name of each; not of hidden files."""
     told = {reason: names for reason, names in tree.skipped.items() if reason not in ("hidden file", "no image")}
     if told:
-        counts = "; ".join(f"{len(names)} x {reason} ({names[0]})" for reason, names in told.items())
+        counts = "; ".join(f"{len(names)} x {reason} ({printable(names[0])})" for reason, names in told.items())
         warnings.warn(f"{tree.path}: passed over {counts}.", stacklevel=3)
 
 

@@ -141,6 +141,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return settings
 
 
+def printable(line: str) -> str:
+    """What files from elsewhere tell, without what would steer a terminal."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
+
+
 def require_no_aliases(text: str) -> None:
     """Raises a ValueError if YAML holds aliases: a few lines of them tell of billions of entries."""
     alias = next((event for event in yaml.parse(text) if isinstance(event, yaml.AliasEvent)), None)

@@ -33,6 +33,7 @@ from .file_trees import (
     warn_of_skipped,
     warn_of_test_pictures,
 )
+from .files import printable
 
 logger = logging.getLogger(__name__)
 
@@ -406,9 +407,10 @@ class BrokenImageBudget:
             RuntimeError: Their share of this epoch is over `max_broken_share`; the message names the last ones.
         """
         for image in broken:
+            reason = printable(image.reason)
             if image.name not in self.reasons:
-                logger.warning("Skipped a broken image. %s", image.reason)
-            self.reasons[image.name] = image.reason
+                logger.warning("Skipped a broken image. %s", reason)
+            self.reasons[image.name] = reason
         self.num_seen += num_seen
         self.num_broken += len(broken)
         if self.num_seen >= self.min_seen:
