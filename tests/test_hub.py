@@ -468,7 +468,7 @@ def test_training_does_not_wait_for_a_push(server, run, accelerator):
     assert server.repos["models/alice/tiny"].messages[1:] == ["Step 7"]
     assert published(server)["model.safetensors"] == saved["model.safetensors"]
     card = published(server)["README.md"].decode()
-    assert "Not finished: step 7" in card and "model-index" not in card
+    assert "Not finished: step `7`" in card and "model-index" not in card
     assert "results.json" not in published(server)
 
     save(model, run)
