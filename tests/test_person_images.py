@@ -242,6 +242,25 @@ def test_readmes_that_lead_astray(tmp_path, readme, found):
         load_person_images(tmp_path)
 
 
+def test_rows_of_paths_name_files_of_the_data_set_alone(tmp_path):
+    root = tmp_path / "data"
+    root.mkdir()
+    for folder in (root, tmp_path):
+        (folder / "a.png").write_bytes(picture())
+    features = datasets.Features({"image": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}})
+
+    def write(path):
+        rows = {"image": [{"bytes": picture(), "path": "/x.png"}, {"bytes": None, "path": path}]}
+        datasets.Dataset.from_dict(rows, features).to_parquet(root / "train.parquet")
+        return root / "train.parquet"
+
+    for path in (str(tmp_path / "a.png"), str(root / ".." / "a.png"), f"zip://a.png::{tmp_path}/a.zip", "../a.png"):
+        with pytest.raises(ValueError, match="a row has no image but the path .*outside the data set"):
+            load_person_images(write(path))
+    (root / "a.png").rename(root / "inner.txt")
+    assert isinstance(PersonImages(load_person_images(write(str(root / "inner.txt"))))[1], np.ndarray)
+
+
 def test_exif_orientation_is_applied():
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera lay on its side

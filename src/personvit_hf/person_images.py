@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from .dataset_loading import literal, load_rows, parquet_files, readme_configs, with_image_column
+from .dataset_loading import literal, load_rows, parquet_files, readme_configs, require_own_files, with_image_column
 from .file_trees import (
     ARCHIVE_SUFFIXES,
     FileTree,
@@ -89,14 +89,14 @@ def load_person_images(
     """
     source = resolve_source(luperson_path(name_or_path, root) if root is not None else name_or_path)
     if isinstance(source, str):
-        rows = load_rows(source, config="unlabelled", split="train")
+        rows = require_own_files(load_rows(source, config="unlabelled", split="train"), source)
     elif source.is_file() and source.suffix.lower() == ".parquet":
         if (told := selection_settings(source)) is not None:
             return _selected(source, told, keep)
-        rows = load_rows("parquet", split="train", data_files=literal(source))
+        rows = require_own_files(load_rows("parquet", split="train", data_files=literal(source)), source.parent)
     elif source.is_dir() and (shards := parquet_files(source)):
         _require_no_loose_images(source, shards)
-        rows = load_rows(source, config="unlabelled", split="train")
+        rows = require_own_files(load_rows(source, config="unlabelled", split="train"), source)
     else:
         warn_of_test_pictures(source)
         addresses = []
