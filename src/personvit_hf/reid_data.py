@@ -68,7 +68,9 @@ def load_reid_dataset(name_or_path: str | os.PathLike, root: str | os.PathLike |
         )
     source = resolve_source(name_or_path) if root is None else given_path(root)
     if isinstance(source, str):
-        found = load_rows(source, config="labelled")
+        found = {
+            split: require_own_files(rows, source) for split, rows in load_rows(source, config="labelled").items()
+        }
     else:
         files = labelled_files(name_or_path, root)
         if files is None:
