@@ -220,3 +220,6 @@ def test_yaml_with_aliases_is_refused(tmp_path):
         read_yaml(file)
     file.write_text("a: &a [x, x]\n")  # a name alone is harmless
     assert read_yaml(file) == {"a": ["x", "x"]}
+    file.write_text("a: " + 50_000 * "[")  # its scanner takes hours for it
+    with pytest.raises(ValueError, match=f"{file}: .*line 1: nested more than 100 deep"):
+        read_yaml(file)

@@ -15,7 +15,7 @@ from huggingface_hub import DatasetCard
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from .file_trees import walk_files
-from .files import require_no_aliases
+from .files import require_modest_yaml
 
 _RESOLVE = (os.path.abspath, os.path.realpath)
 EMBEDDINGS_FILE = "embeddings.json"  # is in each folder that `personvit embed` made
@@ -88,7 +88,7 @@ def readme_configs(folder: Path) -> MetadataConfigs:
     try:
         text = readme.read_text(encoding="utf-8-sig")
         if block := REGEX_YAML_BLOCK.search(text):
-            require_no_aliases(block[2])
+            require_modest_yaml(block[2])
         configs = MetadataConfigs.from_dataset_card_data(DatasetCard(text).data)
         for config in configs.values():
             _require_inside([config.get("data_files"), config.get("data_dir")])

@@ -16,6 +16,7 @@ import yaml
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 20
+MAX_YAML_DEPTH = 100
 
 
 @contextmanager
@@ -125,14 +126,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The settings in a YAML file of any origin; empty if there is no such file.
 
     Raises:
-        ValueError: if it is no YAML mapping, or holds aliases.
+        ValueError: if it is no YAML mapping, holds aliases or is nested deeply.
     """
     if not path.is_file():
         return {}
     content = path.read_bytes()
     try:
         text = content.decode()
-        require_no_aliases(text)
+        require_modest_yaml(text)
         settings = yaml.safe_load(text)
     except Exception as error:  # of many types: yaml wraps few of what its readers of dates and numbers raise
         raise ValueError(f"{path}: not a YAML file: {error}") from error
@@ -146,11 +147,18 @@ def printable(line: str) -> str:
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
 
 
-def require_no_aliases(text: str) -> None:
-    """Raises a ValueError if YAML holds aliases: a few lines of them tell of billions of entries."""
-    alias = next((event for event in yaml.parse(text) if isinstance(event, yaml.AliasEvent)), None)
-    if alias is not None:
-        raise ValueError(f"line {alias.start_mark.line + 1}: the alias *{alias.anchor}; write out what it stands for")
+def require_modest_yaml(text: str) -> None:
+    """Raises a ValueError for aliases and deep nesting: a few bytes of YAML would take hours or gigabytes."""
+    depth = 0
+    for event in yaml.parse(text):
+        line = event.start_mark.line + 1
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"line {line}: the alias *{event.anchor}; write out what it stands for")
+        depth += isinstance(event, yaml.events.CollectionStartEvent) - isinstance(
+            event, yaml.events.CollectionEndEvent
+        )
+        if depth > MAX_YAML_DEPTH:
+            raise ValueError(f"line {line}: nested more than {MAX_YAML_DEPTH} deep")
 
 
 def flush_to_disk(folder: Path) -> None:
