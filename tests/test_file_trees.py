@@ -73,6 +73,7 @@ TARS = {
     "back to itself": FIRST + header("1.png", -512),
     "back by an extended header": FIRST + header("pax", 14, b"x") + NEGATIVE + header("1.png"),
     "a long name of a negative size": FIRST + header("long", -1024, b"L") + header("1.png"),
+    "long names from the start": (header("long", 10, b"L") + b"name".ljust(512, b"\0")) * 3000 + FIRST,
     "long names without end": FIRST + (header("long", 10, b"L") + b"name".ljust(512, b"\0")) * 3000 + header("1.png"),
 }
 

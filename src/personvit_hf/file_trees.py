@@ -182,7 +182,9 @@ class TarTree(FileTree):
         self._places: dict[str, tuple[int, int]] = {}
         try:
             self._tar = tarfile.open(path, "r:*" if self.is_compressed else "r:", tarinfo=_BoundedTarInfo)
-        except (tarfile.TarError, EOFError) as error:
+        except OSError:
+            raise
+        except Exception as error:  # the first header is read here, and of any bytes
             raise ValueError(
                 f"{path}: no tar archive that can be read, or cut off ({error}). Fetch the file again."
             ) from error
