@@ -1,6 +1,8 @@
 import base64
 import io
 import json
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -96,3 +98,20 @@ def test_names_and_problems_are_text_and_not_markup():
 )
 def test_requests_that_name_files_are_told_from_plain_ones(body, plain):
     assert app_page._is_plain(body) == plain
+
+
+CLICK = """
+const listeners = {}, props = {}, trigger = () => {};
+const element = {addEventListener: (kind, listener) => listeners[kind] = listener};
+SCRIPT
+const button = {title: `<img src=x onerror="alert(1)"> & co`, querySelector: () => ({src: "data:image/jpeg;base64,"})};
+listeners.click({target: {closest: () => button}});
+console.log(props.name);
+"""
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
+def test_the_name_of_a_gallery_picture_is_no_markup():
+    code = CLICK.replace("SCRIPT", app_page.PICKER_SCRIPT)
+    done = subprocess.run(["node", "-"], input=code, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "&#60;img src=x onerror=&#34;alert(1)&#34;&#62; &#38; co"

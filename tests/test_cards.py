@@ -153,6 +153,12 @@ def test_what_the_card_of_a_reid_model_says(reid):
     assert "CO2" not in text and "Not finished" not in text
 
 
+def test_a_step_that_is_text_is_no_markup(reid):
+    step = "1` <img src=x>\n\n# Heading"
+    write(reid, metrics=json.dumps({"step": step}) + "\n", environment=RECORD | {"unfinished": True})
+    assert "**Not finished: step `1' <img src=x> # Heading` of a run" in model_card(reid, "alice/finder").text
+
+
 def test_what_the_card_of_a_pretrained_model_says(pretrained):
     card = model_card(pretrained)
     assert {result.metric_name: result.metric_value for result in card.data.eval_results} == {"mAP": 30, "Rank-1": 40}

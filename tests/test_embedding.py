@@ -4,6 +4,7 @@ import logging
 import multiprocessing
 import os
 import subprocess
+from datetime import date
 from pathlib import Path
 
 import datasets
@@ -459,7 +460,7 @@ def test_a_file_that_may_not_be_read_is_not_damaged(model, labelled, tmp_path, m
         raise PermissionError(13, "Permission denied", str(file))
 
     write_embeddings(model, PROCESSOR, labelled, tmp_path, SOURCE)
-    monkeypatch.setattr(parquet, "read_table", refuse)
+    monkeypatch.setattr(parquet, "ParquetFile", refuse)
     with pytest.raises(PermissionError, match="shard-00000.parquet"):
         read_embeddings(tmp_path)
 
@@ -498,6 +499,9 @@ def change_settings(folder, **changes):
     (folder / "embeddings.json").write_text(json.dumps(settings))
 
 
+SEVEN = {"row": range(7), "name": list("abcdefg")}
+
+
 def save_table(folder, columns):
     parquet.write_table(Table.from_pydict(columns), folder / "shard-00000.parquet")
 
@@ -515,6 +519,13 @@ def save_table(folder, columns):
         (lambda folder: (folder / "shard-00000.parquet").write_bytes(b"PAR1"), "can't be read"),
         (lambda folder: save_rows(folder, np.zeros((2, 32), np.float32)), "fit"),
         (lambda folder: save_rows(folder, np.full((7, 32), np.nan, np.float32)), "NaN"),
+        (lambda folder: save_rows(folder, np.full((7, 32), 1e30, np.float32)), "length 1; row 0 has"),
+        (lambda folder: save_rows(folder, np.ones((7, 32), np.float64)), "float64, not float32"),
+        (lambda folder: save_table(folder, {"row": 10_000 * [0], "name": 10_000 * ["a"]}), "fit"),
+        (lambda folder: save_table(folder, {"row": range(7), "name": 7 * [100_000 * "a"]}), "fit"),
+        (lambda folder: save_table(folder, {**SEVEN, "person_id": 7 * [b"a"]}), "`person_id` holds binary"),
+        (lambda folder: save_table(folder, {**SEVEN, "track_id": 7 * [[1]]}), "`track_id` holds list"),
+        (lambda folder: save_table(folder, {**SEVEN, "camera_id": 7 * [date(2020, 1, 1)]}), "`camera_id` holds date"),
         (lambda folder: save_table(folder, {"row": range(1, 8), "name": list("abcdefg")}), "fit"),
         (lambda folder: save_table(folder, {"row": ["0"] * 7, "name": list("abcdefg")}), "fit"),
     ],

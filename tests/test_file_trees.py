@@ -2,6 +2,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import tarfile
 from collections import Counter
 
 import pytest
@@ -162,3 +163,33 @@ def test_the_error_of_a_zip_that_may_not_be_read(tmp_path, monkeypatch):
     monkeypatch.setattr(shared_files, "_opened", refuse)
     with pytest.raises(PermissionError, match="denied"):
         open_tree(path)
+
+
+def header(name, size=0, kind=b"0") -> bytes:
+    """A tar header block; a negative size as tar's base-256 has it."""
+    member = tarfile.TarInfo(name)
+    member.type = kind
+    block = bytearray(member.tobuf(tarfile.USTAR_FORMAT))
+    block[124:136] = b"%011o\0" % size if size >= 0 else b"\xff" + (2**88 + size).to_bytes(11, "big")
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+FIRST = header("0.png")
+NEGATIVE = b"14 size=-1536\n".ljust(512, b"\0")
+TARS = {
+    "back to itself": FIRST + header("1.png", -512),
+    "back by an extended header": FIRST + header("pax", 14, b"x") + NEGATIVE + header("1.png"),
+    "a long name of a negative size": FIRST + header("long", -1024, b"L") + header("1.png"),
+    "long names from the start": (header("long", 10, b"L") + b"name".ljust(512, b"\0")) * 3000 + FIRST,
+    "long names without end": FIRST + (header("long", 10, b"L") + b"name".ljust(512, b"\0")) * 3000 + header("1.png"),
+}
+
+
+@pytest.mark.parametrize("kind", TARS)
+def test_tars_whose_headers_lead_nowhere(kind, tmp_path):
+    path = tmp_path / "a.tar"
+    path.write_bytes(TARS[kind] + bytes(1024))
+    done = subprocess.run([sys.executable, "-c", CODE_OPENING, path], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.startswith(str(path)), (done.stdout, done.stderr)

@@ -208,3 +208,18 @@ def test_a_file_that_can_not_be_written_is_told_before(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     with pytest.raises(PermissionError, match="new.npz may not be written"):
         require_writable(tmp_path / "new.npz")
+
+
+BILLIONS = "a: &a [x, x]\n" + "".join(f"b{i}: &b{i} [*{f'b{i - 1}' if i else 'a'}, x]\n" for i in range(3))
+
+
+def test_yaml_with_aliases_is_refused(tmp_path):
+    file = tmp_path / "arguments.yaml"
+    file.write_text(BILLIONS)
+    with pytest.raises(ValueError, match=f"{file}: .*line 2: the alias .a; write out"):
+        read_yaml(file)
+    file.write_text("a: &a [x, x]\n")  # a name alone is harmless
+    assert read_yaml(file) == {"a": ["x", "x"]}
+    file.write_text("a: " + 50_000 * "[")  # its scanner takes hours for it
+    with pytest.raises(ValueError, match=f"{file}: .*line 1: nested more than 100 deep"):
+        read_yaml(file)

@@ -370,6 +370,34 @@ def test_weights_that_were_cut_short_are_not_published(server, folder):
     assert not server.repos
 
 
+def test_no_file_from_outside_the_folder_is_published(server, folder, tmp_path):
+    outside = tmp_path / "private" / "notes.py"
+    outside.parent.mkdir()
+    outside.write_text("SECRET: 1\n")
+    code = folder / "losses.py"
+    code.write_text(code.read_text() + f'\n"""\nfrom .{outside.with_suffix("")} import SECRET\n"""\n')
+    push_to_hub(folder, "tiny")
+    assert set(published(server)) == FILES | CODE
+    for name in ("metrics.jsonl", "arguments.yaml", "losses.py"):
+        content = (folder / name).read_bytes() if (folder / name).exists() else b""
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(outside)
+        with pytest.raises(ValueError, match=f"{name}: a link to {outside}"):
+            push_to_hub(folder, "tiny")
+        (folder / name).unlink()
+        (folder / name).write_bytes(content or b"{}")
+
+
+def test_a_folder_of_the_hub_s_cache_is_published_again(folder, tmp_path):
+    hub.write_card(folder, "a/b")
+    snapshot, blobs = tmp_path / "cache" / "snapshots" / "1", tmp_path / "cache" / "blobs"
+    snapshot.mkdir(parents=True)
+    folder.rename(blobs)
+    for blob in blobs.iterdir():
+        (snapshot / blob.name).symlink_to(blob)
+    assert {path.name for path in hub._files_to_push(snapshot)} == FILES | CODE
+
+
 def test_a_card_that_the_hub_refuses_stops_the_push(server, folder):
     (folder / "README.md").write_text("---\ntags: 3\n---\n\n# My own card\n")
     with pytest.raises(ValueError, match="Invalid metadata in README.md"):
@@ -440,7 +468,7 @@ def test_training_does_not_wait_for_a_push(server, run, accelerator):
     assert server.repos["models/alice/tiny"].messages[1:] == ["Step 7"]
     assert published(server)["model.safetensors"] == saved["model.safetensors"]
     card = published(server)["README.md"].decode()
-    assert "Not finished: step 7" in card and "model-index" not in card
+    assert "Not finished: step `7`" in card and "model-index" not in card
     assert "results.json" not in published(server)
 
     save(model, run)

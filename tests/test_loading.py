@@ -147,6 +147,12 @@ def test_the_feature_of_a_subclass_is_its_own(checkpoint, neck_feature):
         ({"hidden_act": "foo"}, "foo"),
         ({"id2label": [1]}, "config.json"),
         ({"dtype": "float99"}, "config.json"),
+        ({"dtype": "load"}, "config.json"),
+        ({"dtype": "int8"}, "config.json"),
+        ({"_attn_implementation": "owner/kernel"}, "names code elsewhere"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
+        ({"num_cameras": 2**20, "num_views": 2**20}, "num_cameras"),
+        ({"image_size": [2**20, 2**20]}, "image_size"),
         ({"architectures": 3}, "config.json"),
         ({"num_hidden_layers": 3}, r"lacks weights: \['personvit\.layers\.2"),
         ({"intermediate_size": 48}, "its weights can't be read"),
@@ -213,3 +219,47 @@ def test_folders_of_other_models(tmp_path, config, found):
         (tmp_path / "config.json").write_text(config)
     with pytest.raises((FileNotFoundError, ValueError), match=f"(?s)^{tmp_path}: .*{found}"):
         load_own_model(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
+def test_settings_that_are_nested_deeply(checkpoint, file):
+    (checkpoint / file).write_text("[" * 100_000)
+    with pytest.raises((FileNotFoundError, ValueError), match=f"^{checkpoint}: .*{file}"):
+        load_embedder(str(checkpoint))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"size": {"height": 10**9, "width": 10**9}},
+        {"size": {"height": -5, "width": 10}},
+        {"size": {"shortest_edge": 10**6}},
+        {"crop_size": {"height": 60000, "width": 60000}, "do_center_crop": True},
+        {"pad_size": {"height": 60000, "width": 60000}, "do_pad": True},
+    ],
+)
+def test_sizes_that_no_picture_has(checkpoint, settings):
+    change(checkpoint / "preprocessor_config.json", **settings)
+    with pytest.raises(ValueError, match=f"^{checkpoint}: `{next(iter(settings))}` in its preprocessor_config.json"):
+        load_embedder(str(checkpoint))
+
+
+def test_pickled_weights_are_not_read(checkpoint):
+    weights = load_file(checkpoint / "model.safetensors")
+    (checkpoint / "model.safetensors").unlink()
+    torch.save(weights, checkpoint / "pytorch_model.bin")
+    for load in (load_embedder, load_own_model, lambda name: load_pretrained(PersonViTForReID, name)):
+        with pytest.raises(ValueError, match=f"^{checkpoint}: .*pickled.*personvit convert"):
+            load(str(checkpoint))
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/outside.safetensors", "pytorch_model.bin", 5])
+def test_an_index_names_files_beside_it_alone(checkpoint, name):
+    (checkpoint / "model.safetensors").rename(checkpoint / "model-1.safetensors")
+    names = dict.fromkeys(load_file(checkpoint / "model-1.safetensors"), "model-1.safetensors")
+    index = checkpoint / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    load_embedder(str(checkpoint))
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {**names, "x": name}}))
+    with pytest.raises(ValueError, match=f"^{index}: expected names of .safetensors files"):
+        load_embedder(str(checkpoint))

@@ -2,6 +2,7 @@ import io
 import logging
 import os
 import pickle
+import tarfile
 import warnings
 import zlib
 from pathlib import Path
@@ -254,6 +255,46 @@ def test_decode_sources(tmp_path):
         np.testing.assert_array_equal(decode_image(source), expected)
 
 
+@pytest.mark.parametrize(
+    ("readme", "found"),
+    [
+        ("a: &a [x]\nb: [*a, *a]", "line 2: the alias .a"),
+        ("configs:\n- config_name: a\n  data_files: ../other/*.parquet", "../other/.* lies outside"),
+        (
+            "configs:\n- config_name: a\n  data_files:\n  - split: train\n    path: [/other/a.parquet]",
+            "/other/a.* outside",
+        ),
+        ("configs:\n- config_name: a\n  data_files: zip://a.parquet::/other/a.zip", "/other/a.* outside"),
+        ("configs:\n- config_name: a\n  data_dir: ../other", "../other lies outside"),
+    ],
+)
+def test_readmes_that_lead_astray(tmp_path, readme, found):
+    images = datasets.Features({"image": datasets.Image(decode=False)})
+    datasets.Dataset.from_dict({"image": [picture()]}, images).to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "README.md").write_text(f"---\n{readme}\n---\n")
+    with pytest.raises(ValueError, match=f"{tmp_path}: can.t be read: .*{found}"):
+        load_person_images(tmp_path)
+
+
+def test_rows_of_paths_name_files_of_the_data_set_alone(tmp_path):
+    root = tmp_path / "data"
+    root.mkdir()
+    for folder in (root, tmp_path):
+        (folder / "a.png").write_bytes(picture())
+    features = datasets.Features({"image": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}})
+
+    def write(path):
+        rows = {"image": [{"bytes": picture(), "path": "/x.png"}, {"bytes": None, "path": path}]}
+        datasets.Dataset.from_dict(rows, features).to_parquet(root / "train.parquet")
+        return root / "train.parquet"
+
+    for path in (str(tmp_path / "a.png"), str(root / ".." / "a.png"), f"zip://a.png::{tmp_path}/a.zip", "../a.png"):
+        with pytest.raises(ValueError, match="a row has no image but the path .*outside the data set"):
+            load_person_images(write(path))
+    (root / "a.png").rename(root / "inner.txt")
+    assert isinstance(PersonImages(load_person_images(write(str(root / "inner.txt"))))[1], np.ndarray)
+
+
 def test_exif_orientation_is_applied():
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera lay on its side
@@ -372,6 +413,22 @@ def test_budget_reports_each_image_once(caplog):
     assert "3 of 30 images were broken" in caplog.text
 
 
+def test_names_steer_no_terminal(caplog, tmp_path):
+    with pytest.raises(RuntimeError) as caught:
+        budget = BrokenImageBudget()
+        budget.count([BrokenImage("a\x1b[2J", "a\x1b[2J: cut off")], 1)
+        budget.end_epoch()
+    assert "\x1b" not in caplog.text + str(caught.value) and r"a\x1b[2J: cut off" in caplog.text
+    odd = tmp_path / "a\x1b[2J.jpg"
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        (tmp_path / "good.jpg").write_bytes(picture())
+        archive.add(tmp_path / "good.jpg", "good.jpg")
+        archive.add(tmp_path / "good.jpg", odd.name)
+    with pytest.warns(UserWarning, match="unsafe name") as told:
+        load_person_images(tmp_path / "a.tar")
+    assert "\x1b" not in str(told[0].message)
+
+
 @pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
 def test_budget_share_out_of_range(share):
     with pytest.raises(ValueError, match="max_broken_share"):
@@ -381,6 +438,38 @@ def test_budget_share_out_of_range(share):
 def test_split_broken_keeps_the_order():
     bad = broken(1, 2)
     assert split_broken(["a", bad[0], (1, 2), bad[1], "b"]) == (["a", (1, 2), "b"], bad)
+
+
+@pytest.mark.parametrize(
+    ("part", "found"),
+    [(b"\xff\xda\0\x08\1\1\0\0\x3f\0", "scans"), (b"\xff\xe1\0\x0aExif\0\0\0\0", "blocks of EXIF")],
+)
+def test_jpegs_that_would_keep_a_decoder_busy(part, found):
+    content = picture(format="JPEG")
+    with pytest.raises(ValueError, match=f"image: a JPEG of [0-9]+ {found}"):
+        decode_image(content[:2] + 1000 * part + content[2:])
+    assert decode_image(picture(format="JPEG", progressive=True)).shape == (5, 3, 3)
+
+
+def test_wide_bmps_with_run_lengths():
+    header = np.array([40, 2**24, 1, 1 | 8 << 16, 1, 6, 0, 0, 256, 0], "<u4").tobytes()
+    content = b"BM" + np.array([1092 - 8, 0, 1078], "<u4").tobytes() + header + bytes(1024) + b"\0\2\0\xff\0\1"
+    with pytest.raises(ValueError, match="image: a BMP with run lengths, 16777216 pixels wide"):
+        decode_image(content)
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "JPEG"])
+def test_large_or_corrupt_exif_is_left_alone(format):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    block = exif.tobytes()
+    assert decode_image(picture(format=format, exif=block)).shape == (3, 5, 3)
+    if format != "JPEG":  # whose segments hold less
+        assert decode_image(picture(format=format, exif=block + bytes(2**16))).shape == (5, 3, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        corrupt = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x0f\x01\x02\0\xff\xff\xff\0\xff\xff\0\0"
+        assert decode_image(picture(format=format, exif=corrupt)).shape == (5, 3, 3)
 
 
 def test_odd_exif_costs_no_picture():

@@ -68,6 +68,15 @@ def test_msmt17(tmp_path, version):
     assert data["train"][0]["image"].size == (8, 16)
 
 
+@pytest.mark.parametrize("other", ["list_train.txt", "list_val.txt"])
+def test_a_picture_listed_twice_is_refused(tmp_path, other):
+    files = msmt17()
+    files[other] += files["list_train.txt"].splitlines()[0] + b"\n"
+    to_folder(tmp_path / "MSMT17_V1", files)
+    with pytest.raises(ValueError, match=f"{other}, line .*a second time"):
+        load_reid_dataset("msmt17", root=tmp_path)
+
+
 @pytest.mark.parametrize("suffix", [".zip", ".tar", ".tar.gz"])
 @pytest.mark.parametrize(
     ("name", "archive", "files"),

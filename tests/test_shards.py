@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import datasets
@@ -245,3 +246,23 @@ except FileNotFoundError as error:
     assert [line.split()[:2] for line in lines[:5]] == [[name, "7" if "crops" in name else "3"] for name in names]
     assert ["3 tar files are read to count" in line for line in lines[:5]] == [False, False, False, True, True]
     assert lines[5].startswith("refused alice/cropsx")
+
+
+@pytest.mark.parametrize("kind", ["sparse", "large"])
+@pytest.mark.parametrize("told", [False, True])
+def test_tars_that_would_fill_the_memory(tmp_path, kind, told):
+    """A member of 4 GiB in a file of a few kilobytes; with sizes.json, nothing is read before the shard itself."""
+    folder = webdataset(tmp_path, 70, 10)
+    member = tarfile.TarInfo("999999.jpg")
+    if kind == "sparse":
+        member.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": str(2**32)}
+        content = f"1\n{2**32}\n0\n".encode().ljust(512, b"\0")
+    else:
+        member.size, content = 2**32, b""
+    last = folder / "part-00006.tar"
+    member.size = member.size or len(content)
+    last.write_bytes(member.tobuf(tarfile.PAX_FORMAT) + content + last.read_bytes())
+    if told:
+        (folder / "sizes.json").write_text(json.dumps({file.name: 10 for file in folder.glob("*.tar")}))
+    with pytest.raises(ValueError, match="part-00006.tar.*999999.jpg: (file too large|no regular file)"):
+        contents(load_person_stream(folder))

@@ -33,7 +33,8 @@ from .app_page import (
     results_html,
     thumbnail,
 )
-from .embedding import KEPT_ID_COLUMNS, embed_images, id_columns, is_embedded, model_fingerprint, read_embeddings
+from .embedding import embed_images, is_embedded, model_fingerprint, read_embeddings
+from .embedding_tables import KEPT_ID_COLUMNS, id_columns
 from .extras import require
 from .loading import load_embedder, read_config
 from .patches import PatchTokens, cluster_parts, match_patches, patch_tokens

@@ -48,22 +48,25 @@ PICKER_TEMPLATE = """
 """
 
 PICKER_SCRIPT = """
+function escaped(name) {  // the template doesn't escape
+  return name.replace(/[&<>"]/g, sign => `&#${sign.charCodeAt()};`);
+}
 function take(file) {
   if (!file) return;
-  const name = file.name.replace(/[&<>"]/g, sign => `&#${sign.charCodeAt()};`);  // the template doesn't escape
+  const shownName = escaped(file.name);
   if (file.size > props.megabytes * 1048576) {
-    props.problem = `${name} has more than ${props.megabytes} MB.`;
+    props.problem = `${shownName} has more than ${props.megabytes} MB.`;
     return;
   }
   const reader = new FileReader(), shown = new Image();
   reader.onload = () => shown.src = reader.result.replace(/^data:[^,]*,/, "data:image/any;base64,");
-  shown.onload = () => choose(shown.src, name);
-  shown.onerror = () => props.problem = `${name} is not an image that is read here (JPEG, PNG, WebP, BMP).`;
+  shown.onload = () => choose(shown.src, file.name);
+  shown.onerror = () => props.problem = `${shownName} is not an image that is read here (JPEG, PNG, WebP, BMP).`;
   reader.readAsDataURL(file);
 }
 function choose(address, name) {
   props.problem = "";
-  props.name = name;
+  props.name = escaped(name);
   props.value = address;
   trigger("upload");
 }

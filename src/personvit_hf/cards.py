@@ -166,7 +166,7 @@ def model_card(folder: str | Path, repo_id: str | None = None, license: str = "o
         losses=_losses(saved.config),
         benchmark=_code(saved.short_name(saved.benchmark)),
         unfinished=bool(saved.record.get("unfinished")),
-        step=saved.log[-1].get("step") if saved.log else "unknown",
+        step=_code(saved.log[-1].get("step")) if saved.log else "unknown",
         figures={FIGURES[key]: f"{100 * value:.2f}" for key, value in figures.items()},
         num_valid_queries=num_queries,
         training=_training(saved, card_data),

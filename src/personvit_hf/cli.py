@@ -11,9 +11,10 @@ from typing import Annotated
 
 import typer
 
-from .cli_common import absolute, numbers, printable, printable_lines
+from .cli_common import absolute, numbers, printable_lines
 from .cli_data import data_app
 from .cli_show import show_app
+from .files import printable
 
 
 class _Commands(typer.core.TyperGroup):

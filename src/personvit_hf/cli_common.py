@@ -6,6 +6,8 @@ from pathlib import Path
 
 import typer
 
+from .files import printable
+
 
 def numbers(text: str | None, kind: type = float, separator: str = ",") -> list | None:
     """The numbers of an option such as 0.5,0.5,0.5 or 256x128."""
@@ -24,11 +26,6 @@ def absolute(name_or_path: str) -> str:
         return name_or_path
     # of a link to a file the own name is kept: its ending tells what the file is
     return str(path.resolve() if path.is_dir() else path.parent.resolve() / path.name)
-
-
-def printable(line: str) -> str:
-    """What files from elsewhere tell, without what would steer a terminal."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
 
 
 def printable_lines(text: str) -> str:

@@ -12,6 +12,9 @@ PRESETS = {"tiny": (192, 3, 12), "small": (384, 6, 12), "base": (768, 12, 12), "
 # Settings by what they must be: at least 1, in [0, 1], finite.
 COUNTS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size", "num_channels")
 COUNTS += ("projection_hidden_size", "projection_bottleneck_size", "num_cls_prototypes", "num_patch_prototypes")
+# No model has more of them; what claims to would take all memory.
+MAX_COUNT, MAX_PIXELS = 2**22, 2**24
+MAX_COUNTS = {"hidden_size": 2**16, "num_hidden_layers": 2**10, "patch_size": 2**12, "num_channels": 2**12}
 SHARES = (
     "hidden_dropout_prob",
     "attention_probs_dropout_prob",
@@ -151,6 +154,9 @@ class PersonViTConfig(PreTrainedConfig):
             if close:
                 raise ValueError(f"PersonViTConfig has no setting `{name}`; did you mean `{close[0]}`?")
         self.image_size = list(self.image_size)
+        labels = kwargs.get("num_labels")  # of which a dictionary is made
+        if isinstance(labels, int) and labels > MAX_COUNT:
+            raise ValueError(f"`num_labels` must be at most {MAX_COUNT}, got {labels}.")
         super().__post_init__(**kwargs)
 
     def validate_sizes(self):
@@ -158,9 +164,18 @@ class PersonViTConfig(PreTrainedConfig):
         for name in COUNTS:
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+            if getattr(self, name) > MAX_COUNTS.get(name, MAX_COUNT):
+                raise ValueError(
+                    f"`{name}` must be at most {MAX_COUNTS.get(name, MAX_COUNT)}, got {getattr(self, name)}."
+                )
         for name in ("num_cameras", "num_views", "num_part_tokens"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must be 0 (none) or more, got {getattr(self, name)}.")
+        if self.num_part_tokens > MAX_COUNT or max(self.num_cameras, 1) * max(self.num_views, 1) > MAX_COUNT:
+            raise ValueError(
+                f"`num_part_tokens`, and `num_cameras` times `num_views`, must be at most {MAX_COUNT}, got "
+                f"{self.num_part_tokens}, {self.num_cameras} and {self.num_views}."
+            )
         for name in SHARES:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must lie in [0, 1], got {getattr(self, name)}.")
@@ -170,6 +185,8 @@ class PersonViTConfig(PreTrainedConfig):
             )
         if len(self.image_size) != 2:
             raise ValueError(f"`image_size` must be [height, width] in pixels, got {self.image_size}.")
+        if math.prod(self.image_size) > MAX_PIXELS:
+            raise ValueError(f"`image_size` must have at most {MAX_PIXELS} pixels, got {self.image_size}.")
         self.patch_grid(*self.image_size)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(

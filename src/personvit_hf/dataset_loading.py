@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 from datasets.data_files import DataFilesDict, get_data_patterns, sanitize_patterns
 from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCard
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from .file_trees import walk_files
+from .files import require_modest_yaml
 
+_RESOLVE = (os.path.abspath, os.path.realpath)
 EMBEDDINGS_FILE = "embeddings.json"  # is in each folder that `personvit embed` made
 
 
@@ -79,10 +83,28 @@ def readme_configs(folder: Path) -> MetadataConfigs:
         ValueError: It can't be read.
     """
     readme = folder / "README.md"
+    if not readme.is_file():
+        return MetadataConfigs()
     try:
-        return MetadataConfigs.from_dataset_card_data(DatasetCard.load(readme).data if readme.is_file() else {})
+        text = readme.read_text(encoding="utf-8-sig")
+        if block := REGEX_YAML_BLOCK.search(text):
+            require_modest_yaml(block[2])
+        configs = MetadataConfigs.from_dataset_card_data(DatasetCard(text).data)
+        for config in configs.values():
+            _require_inside([config.get("data_files"), config.get("data_dir")])
+        return configs
     except Exception as error:  # YAML of any content
         raise ValueError(f"{readme}: what it tells of the data set can't be read: {error}") from error
+
+
+def _require_inside(paths: Any) -> None:
+    """Raises a ValueError if paths of a README, in lists and dictionaries, lead out of its folder on this machine."""
+    if isinstance(paths, dict | list):
+        for path in paths.values() if isinstance(paths, dict) else paths:
+            _require_inside(path)
+    elif isinstance(paths, str) and ("::" in paths or not paths.startswith(("https://", "http://", "hf://"))):
+        if "://" in paths or "::" in paths or os.path.isabs(paths) or ".." in paths.replace("\\", "/").split("/"):
+            raise ValueError(f"{paths} lies outside its folder; name files in it")
 
 
 def literal(path: str | os.PathLike) -> str:
@@ -104,6 +126,36 @@ def _literal_files(folder: Path, configs: MetadataConfigs, config: str | None) -
     base, patterns = literal(folder), configs.get(name, {}).get("data_files")
     patterns = get_data_patterns(base) if patterns is None else sanitize_patterns(patterns)
     return DataFilesDict.from_patterns(patterns, base_path=base, allowed_extensions=[".parquet"])
+
+
+def require_own_files(rows: datasets.Dataset, source: Path | str) -> datasets.Dataset:
+    """`rows`, if those that hold a path in place of an image's content name files of the data set alone.
+
+    Args:
+        rows: Of parquet files of any origin.
+        source: The folder they are in, or the name of the data set on the Hub, whose files are in the cache.
+
+    Raises:
+        ValueError: A path leads elsewhere on this machine.
+    """
+    caches = (datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE)
+    folders = [
+        resolve(folder) for folder in ([source] if isinstance(source, Path) else caches) for resolve in _RESOLVE
+    ]
+    for chunk in rows.data.column("image").chunks if "image" in rows.column_names else ():
+        paths = chunk if pa.types.is_string(chunk.type) else None
+        if pa.types.is_struct(chunk.type):
+            fields = dict(zip((field.name for field in chunk.type), chunk.flatten(), strict=True))
+            if fields.keys() >= {"bytes", "path"}:
+                paths = fields["path"].filter(fields["bytes"].is_null())
+        for path in () if paths is None else paths.drop_null().to_pylist():
+            file = path.rpartition("::")[2]  # of an address in an archive, the archive
+            if not any(Path(resolve(file)).is_relative_to(folder) for resolve in _RESOLVE for folder in folders):
+                raise ValueError(
+                    f"{source}: a row has no image but the path {path!r}, outside the data set, which is not read. "
+                    "Put the images themselves into the column `image`."
+                )
+    return rows
 
 
 def with_image_column(rows: datasets.Dataset, source: Any, decode: bool) -> datasets.Dataset:

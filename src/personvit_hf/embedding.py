@@ -13,10 +13,9 @@ from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow.compute as pc
 import torch
 from PIL import Image
-from pyarrow import ArrowException, ArrowInvalid, Table, concat_tables, int64, parquet, string, types
+from pyarrow import ArrowException, Table, concat_tables, parquet
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch.utils.data import DataLoader
@@ -24,6 +23,7 @@ from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from .dataset_loading import EMBEDDINGS_FILE as SETTINGS_FILE
+from .embedding_tables import describe, first_change, id_columns, read_table
 from .files import read_json, require_writable_folder, written_aside
 from .person_images import BrokenImage, BrokenImageBudget, PersonImages, decode_image, rgb_pixels, split_broken
 from .preemption import ignore_stop_requests
@@ -32,8 +32,6 @@ SHARD_IMAGES = 4096
 logger = logging.getLogger(__name__)
 
 _FORMAT = 1
-# Columns of a labelled data set that travel with the vectors.
-KEPT_ID_COLUMNS = ("person_id", "camera_id", "track_id")
 
 
 class _ProcessedImages(torch.utils.data.Dataset):
@@ -229,7 +227,7 @@ class EmbeddingFolder:
         if len(images) != self.settings["num_images"]:
             raise ValueError(f"{told}: embed it again.")
         then = Table.from_pydict({"row": self.rows, "name": self.names})
-        changed = _first_change(then, _describe(images, 0).select(["row", "name"]))
+        changed = first_change(then, describe(images, 0).select(["row", "name"]))
         if changed:
             raise ValueError(f"{told}, but they have changed: {changed}. Embed it again.")
 
@@ -311,7 +309,7 @@ def write_embeddings(
     elif there:
         raise ValueError(f"{folder} holds shards, but no {SETTINGS_FILE}. Choose another folder, or remove this one.")
     for file, rows in there:  # all of them, before this process writes any
-        changed = _first_change(_read_table(file, rows), _describe(images.select(rows), rows.start))
+        changed = first_change(read_table(file, rows), describe(images.select(rows), rows.start))
         if changed:
             raise ValueError(
                 f"{folder} holds embeddings of {source['data']} as it was: {changed}. Choose another folder, or "
@@ -328,7 +326,7 @@ def write_embeddings(
         part = images.select(rows)
         embeddings = embed_images(model, processor, part, **options)
         good = np.flatnonzero(~np.isnan(embeddings[:, 0]))
-        table = _describe(part, rows.start)
+        table = describe(part, rows.start)
         _write_settings(folder, settings)  # not earlier: a model or a setting that doesn't work leaves nothing behind
         with written_aside(vectors_file.with_suffix(".parquet"), overwrite=True) as partial:
             parquet.write_table(table.take(good), partial)
@@ -359,11 +357,15 @@ def read_embeddings(folder: str | os.PathLike) -> EmbeddingFolder:
             raise ValueError(f"{folder}: {file.name} is missing; run `personvit embed` again, it goes on from there.")
         if not os.access(file, os.R_OK):  # safetensors would say that there is no such file
             raise PermissionError(f"{file} may not be read by this user: ask its owner for the permission.")
+        tables.append(read_table(file, rows))
         try:
             vectors.append(load_file(file)["embeddings"])
         except (SafetensorError, KeyError) as error:
             raise ValueError(f"{file}: can't be read ({error}). Remove it and run `personvit embed` again.") from error
-        tables.append(_read_table(file, rows))
+        if vectors[-1].dtype != np.float32:
+            raise ValueError(
+                f"{file}: its embeddings are {vectors[-1].dtype}, not float32. Remove it and embed again."
+            )
         if vectors[-1].shape != (len(tables[-1]), settings["hidden_size"]):
             raise ValueError(f"{file}: doesn't fit its .parquet file or {SETTINGS_FILE}. Remove it and embed again.")
     embeddings = np.concatenate(vectors)
@@ -373,83 +375,22 @@ def read_embeddings(folder: str | os.PathLike) -> EmbeddingFolder:
         raise ValueError(f"{folder}: the ids of its shards differ in type ({error}). Embed it again.") from error
     if not np.isfinite(embeddings).all():
         raise ValueError(f"{folder}: its embeddings hold NaN or infinity. Remove its shards and embed again.")
+    lengths = np.einsum("ij,ij->i", embeddings, embeddings)
+    if (wrong := np.flatnonzero(abs(lengths - 1) > 0.01)).size:
+        found = f"row {wrong[0]} has the length {lengths[wrong[0]] ** 0.5:.4g}"
+        raise ValueError(f"{folder}: its embeddings should have length 1; {found}. Remove its shards and embed again.")
+    try:
+        ids = id_columns(table)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
     rows, names = table["row"].to_numpy(), table["name"].to_pylist()
-    return EmbeddingFolder(folder, settings, embeddings, rows, names, id_columns(table))
+    return EmbeddingFolder(folder, settings, embeddings, rows, names, ids)
 
 
 def _shards(folder: Path, num_images: int, shard_images: int) -> Iterator[tuple[Path, range]]:
     """The file with the vectors of each shard, and the rows of the data that are in it."""
     for shard, start in enumerate(range(0, num_images, shard_images)):
         yield folder / f"shard-{shard:05d}.safetensors", range(start, min(start + shard_images, num_images))
-
-
-def _describe(rows: datasets.Dataset, first: int) -> Table:
-    """Row number, name and ids of some images, whose bytes are not read."""
-    columns = [column for column in KEPT_ID_COLUMNS if column in rows.column_names]
-    plain = rows.select_columns(["image", *columns]).cast_column("image", datasets.Image(decode=False)).flatten()
-    plain = plain.select_columns(["image.path", *columns]).with_format("arrow")[:]
-    names = [path or f"row {first + i}" for i, path in enumerate(plain["image.path"].to_pylist())]
-    # of the data's own types, which a shard with no id in it wouldn't tell
-    ids = {column: plain[column] for column in columns}
-    return _without_nan(Table.from_pydict({"row": range(first, first + len(rows)), "name": names, **ids}))
-
-
-def _without_nan(table: Table) -> Table:
-    """NaN stands for no id, and isn't equal to itself: null in its place."""
-    for place, field in enumerate(table.schema):
-        if types.is_floating(field.type):
-            column = table[field.name]
-            table = table.set_column(place, field.name, pc.if_else(pc.is_nan(column), None, column))
-    return table
-
-
-def id_columns(table: Table) -> dict[str, np.ndarray]:
-    """The ids of images by column: whole numbers as integers, however they are stored.
-
-    Args:
-        table: With those of the columns person_id, camera_id and track_id that there are.
-
-    Returns:
-        {column: (images,)}; of dtype object for strings, and with None where rows have no id (null, NaN).
-    """
-    table, ids = _without_nan(table), {}
-    for name in [name for name in KEPT_ID_COLUMNS if name in table.column_names]:
-        column = table[name]
-        if types.is_floating(column.type):  # as pandas keeps whole numbers with gaps
-            try:
-                column = column.cast(int64())
-            except ArrowInvalid:
-                pass  # fractions
-        ids[name] = np.array(column.to_pylist(), object) if column.null_count else column.to_numpy()
-    return ids
-
-
-def _read_table(file: Path, rows: range) -> Table:
-    """What `_describe` told of a shard; `file` is the one with the vectors, `rows` those that may be in it."""
-    try:
-        table = parquet.read_table(file.with_suffix(".parquet"))
-    except PermissionError:
-        raise
-    except (OSError, ArrowInvalid) as error:
-        raise ValueError(f"{file}: its .parquet file can't be read ({error}). Remove it and embed again.") from error
-    kinds = dict(zip(table.schema.names, table.schema.types, strict=True))
-    good = (kinds.get("row"), kinds.get("name")) == (int64(), string())
-    if not good or not all(row in rows for row in table["row"].to_pylist()):
-        raise ValueError(f"{file}: its .parquet file doesn't fit {SETTINGS_FILE}. Remove it and embed again.")
-    return _without_nan(table)
-
-
-def _first_change(then: Table, now: Table) -> str | None:
-    """The first image that is another now than when it was embedded; broken ones are missing from `then`."""
-    now = now.take(pc.subtract(then["row"], now["row"][0]))
-    if now.equals(then):
-        return None
-    for before, after in zip(then.to_pylist(), now.to_pylist(), strict=True):
-        if before != after:
-            names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
-            was, is_now = (", ".join(f"{name} {row.get(name)}" for name in names) for row in (before, after))
-            return f"row {before['row']} was {was}, now {is_now}"
-    return None
 
 
 def _write_settings(folder: Path, settings: dict[str, Any]) -> None:

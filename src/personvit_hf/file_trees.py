@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from .files import printable
 from .shared_files import SharedFile, read_part, size_and_time
 
 # Largest file read, in bytes. A person crop has some 10,000.
@@ -186,7 +187,9 @@ class TarTree(FileTree):
         self._places: dict[str, tuple[int, int]] = {}
         try:
             tar = tarfile.open(path, "r:*" if self.is_compressed else "r:", tarinfo=_BoundedTarInfo)
-        except (tarfile.TarError, EOFError) as error:
+        except OSError:
+            raise
+        except Exception as error:  # the first header is read here, and of any bytes
             raise ValueError(
                 f"{path}: no tar archive that can be read, or cut off ({error}). Fetch the file again."
             ) from error
@@ -221,21 +224,27 @@ class TarTree(FileTree):
     def _list(self, tar: tarfile.TarFile) -> None:
         file_size = self.path.stat().st_size
         limit = _MAX_COMPRESSION * file_size + 2**28 if self.is_compressed else None
-        name = ""
+        name, last, refused = "", -1, None
         try:
-            while (member := tar.next()) is not None:
+            while not refused and (member := tar.next()) is not None:
                 tar.members = []  # it would keep them all, a kilobyte each
                 name = member.name
-                if limit is not None and member.offset_data + member.size > limit:
-                    raise ValueError(
-                        f"{self.path}, {name}: unpacks to more than {_MAX_COMPRESSION} times the archive's size, "
-                        "which images never do."
-                    )
-                if not member.isdir():
+                if member.size < 0 or member.offset <= last:  # tarfile would go back, and read on for ever
+                    refused = "its header leads back to what has been read, as that of no good archive does."
+                elif limit is not None and member.offset_data + member.size > limit:
+                    refused = f"unpacks to over {_MAX_COMPRESSION} times the archive's size, which images never do."
+                elif not member.isdir():
                     self._add(member)
+                last = member.offset
             end = getattr(tar, "last_block", b"")
         except (tarfile.TarError, EOFError, OSError) as error:
             end = str(error).encode()
+        except Exception as error:  # headers of any bytes: tarfile raises half a dozen types
+            raise ValueError(
+                f"{self.path}: no tar archive that can be read after {name} ({error}). Fetch the file again."
+            ) from error
+        if refused:
+            raise ValueError(f"{self.path}, {name}: {refused}")
         if end.strip(b"\0") or len(end) < tarfile.BLOCKSIZE:  # two blocks of zeros end a tar
             self._skip(f"everything after {name}", "archive cut off or damaged")
 
@@ -266,7 +275,7 @@ class _BoundedTarInfo(tarfile.TarInfo):
         return member._proc_member(tar)
 
     def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
-        if self.type in _HEADERS_READ_WHOLE and self.size > _MAX_TAR_HEADER_BYTES:
+        if self.type in _HEADERS_READ_WHOLE and not 0 <= self.size <= _MAX_TAR_HEADER_BYTES:
             raise ValueError(
                 f"{tar.name}: a header of {self.size} bytes; more than {_MAX_TAR_HEADER_BYTES} is refused."
             )
@@ -481,5 +490,5 @@ def warn_of_skipped(tree: FileTree) -> None:
     """Warns once of what a tree passes over, counted by reason with the first name of each; not of hidden files."""
     told = {reason: names for reason, names in tree.skipped.items() if reason not in ("hidden file", "no image")}
     if told:
-        counts = "; ".join(f"{len(names)} x {reason} ({names[0]})" for reason, names in told.items())
+        counts = "; ".join(f"{len(names)} x {reason} ({printable(names[0])})" for reason, names in told.items())
         warnings.warn(f"{tree.path}: passed over {counts}.", stacklevel=3)

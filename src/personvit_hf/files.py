@@ -16,6 +16,7 @@ import yaml
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 1 << 20
+MAX_YAML_DEPTH = 100
 
 
 @contextmanager
@@ -125,18 +126,39 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The settings in a YAML file of any origin; empty if there is no such file.
 
     Raises:
-        ValueError: if it is no YAML mapping.
+        ValueError: if it is no YAML mapping, holds aliases or is nested deeply.
     """
     if not path.is_file():
         return {}
     content = path.read_bytes()
     try:
-        settings = yaml.safe_load(content.decode())
+        text = content.decode()
+        require_modest_yaml(text)
+        settings = yaml.safe_load(text)
     except Exception as error:  # of many types: yaml wraps few of what its readers of dates and numbers raise
         raise ValueError(f"{path}: not a YAML file: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: expected lines `setting: value`, found {type(settings).__name__}.")
     return settings
+
+
+def printable(line: str) -> str:
+    """What files from elsewhere tell, without what would steer a terminal."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
+
+
+def require_modest_yaml(text: str) -> None:
+    """Raises a ValueError for aliases and deep nesting: a few bytes of YAML would take hours or gigabytes."""
+    depth = 0
+    for event in yaml.parse(text):
+        line = event.start_mark.line + 1
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"line {line}: the alias *{event.anchor}; write out what it stands for")
+        depth += isinstance(event, yaml.events.CollectionStartEvent) - isinstance(
+            event, yaml.events.CollectionEndEvent
+        )
+        if depth > MAX_YAML_DEPTH:
+            raise ValueError(f"line {line}: nested more than {MAX_YAML_DEPTH} deep")
 
 
 def flush_to_disk(folder: Path) -> None:

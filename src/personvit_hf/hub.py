@@ -19,7 +19,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -151,17 +151,20 @@ def _files_to_push(folder: Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: if one is missing.
-        ValueError: if the weights are cut short.
+        ValueError: if the weights are cut short, or a file is a link that leaves the folder (but to the Hub's cache).
     """
     config = json.loads((folder / "config.json").read_text())  # write_card has read it, and the processor's
     index = folder / "model.safetensors.index.json"
     weights = [folder / "model.safetensors"]
     if not weights[0].is_file() and index.is_file():
-        weights = sorted({folder / Path(name).name for name in json.loads(index.read_text())["weight_map"].values()})
+        weights = sorted(
+            {folder / Path(str(name)).name for name in json.loads(index.read_text())["weight_map"].values()}
+        )
     processor = json.loads((folder / "preprocessor_config.json").read_text())
     references = [config.get("auto_map"), processor.get("auto_map")]
     code = {folder / Path(f"{module}.py").name for module in _modules(references)}
     code |= {Path(path) for entry in code if entry.is_file() for path in get_relative_import_files(entry)}
+    code = {path for path in code if path.parent == folder}  # an import can name a module anywhere on this machine
     if not code:
         raise FileNotFoundError(f"{folder}: config.json has no `auto_map`, so no code; save with `save_pretrained`.")
     needed = [folder / name for name in ("config.json", "preprocessor_config.json", CARD_FILE)]
@@ -176,7 +179,21 @@ def _files_to_push(folder: Path) -> list[Path]:
         except SafetensorError as error:
             raise ValueError(f"{path}: not a whole safetensors file: {error}") from error
     extra = [index] if len(weights) > 1 or weights[0].name != "model.safetensors" else []
-    return needed + [path for path in (*extra, *(folder / name for name in RUN_FILES)) if path.is_file()]
+    files = needed + [path for path in (*extra, *(folder / name for name in RUN_FILES)) if path.is_file()]
+    _require_inside(folder, [*files, folder / SETTINGS_FILE])
+    return files
+
+
+def _require_inside(folder: Path, files: list[Path]) -> None:
+    """Raises a ValueError if a file is a link to somewhere else than the folder or the Hub's cache."""
+    inside = [folder.resolve(), Path(constants.HF_HUB_CACHE).resolve()]
+    if inside[0].parent.name == "snapshots":  # of a cache at another place
+        inside.append(inside[0].parents[1] / "blobs")
+    for path in files:
+        if not any(path.resolve().is_relative_to(place) for place in inside):
+            raise ValueError(
+                f"{path}: a link to {path.resolve()}, outside the folder: put the file there, or remove it."
+            )
 
 
 def _modules(references: Any) -> set[str]:
@@ -185,7 +202,7 @@ def _modules(references: Any) -> set[str]:
         references = list(references.values())
     if isinstance(references, list):
         return set().union(*map(_modules, references))
-    return {references.split("--")[-1].split(".")[0]} if references else set()
+    return {str(references).split("--")[-1].split(".")[0]} if references else set()
 
 
 def _with_retries(call: Callable[[], T], repo_id: str) -> T:

@@ -10,15 +10,18 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor, PreTrainedModel
 
+from .checkpoint_reading import printable
 from .checkpoint_sources import checked_statistics
 from .configuration_personvit import PersonViTConfig
+from .files import read_json
 from .modeling_personvit import PersonViTForReID, PersonViTModel, PersonViTPreTrainedModel
 from .modeling_personvit_pretraining import PersonViTForPreTraining
 
 MODEL_CLASSES = {cls.__name__: cls for cls in (PersonViTModel, PersonViTForPreTraining, PersonViTForReID)}
 Model = TypeVar("Model", bound=PreTrainedModel)
-# What transformers raises for a JSON file whose values are of other types than it takes for granted.
-WRONG_VALUES = (StrictDataclassError, AttributeError, KeyError, TypeError)
+# What transformers raises for a JSON file whose values are of other types than it takes for granted, or nested deeply.
+WRONG_VALUES = (StrictDataclassError, AttributeError, LookupError, TypeError, RecursionError)
+MAX_PIXELS = 2**24  # of what a processor makes of an image
 
 
 def read_config(name_or_path: str, revision: str | None = None) -> PersonViTConfig:
@@ -34,7 +37,7 @@ def read_config(name_or_path: str, revision: str | None = None) -> PersonViTConf
             config.json holds what no setting can be.
     """
     try:
-        config = AutoConfig.from_pretrained(name_or_path, revision=revision)
+        config = AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
     except WRONG_VALUES as error:
         raise ValueError(f"{name_or_path}: its config.json is damaged or was edited: {error}") from error
     except (OSError, ValueError) as error:
@@ -49,6 +52,9 @@ def read_config(name_or_path: str, revision: str | None = None) -> PersonViTConf
         )
     if not isinstance(config.architectures, list | None):
         raise ValueError(f"{name_or_path}: `architectures` in its config.json must be a list of class names.")
+    for name in ("_attn_implementation", "_experts_implementation"):
+        if "/" in str(getattr(config, name, None)):  # a kernel on the Hub, whose code transformers would run
+            raise ValueError(f"{name_or_path}: `{name}` in its config.json names code elsewhere, which is not run.")
     return config
 
 
@@ -113,15 +119,12 @@ def load_own_model(folder: str | Path) -> PersonViTPreTrainedModel:
     name = (read_config(str(folder)).architectures or ["PersonViTModel"])[0]
     if name not in MODEL_CLASSES:
         raise ValueError(f"{folder}: it holds a {name}, not one of {', '.join(MODEL_CLASSES)}.")
-    return _read_whole(MODEL_CLASSES[name], str(folder), local_files_only=True, use_safetensors=True)
+    return _read_whole(MODEL_CLASSES[name], str(folder), local_files_only=True)
 
 
 def _read_whole(model_class: type[Model], name_or_path: str, **options: Any) -> Model:
     """The model in evaluation mode, once it is sure that the checkpoint has all its weights and they are numbers."""
-    try:
-        model, loading = _read_weights(model_class, name_or_path, **options)
-    except WRONG_VALUES as error:  # such as an unknown `hidden_act`
-        raise ValueError(f"{name_or_path}: its config.json is damaged or was edited: {error!r}") from error
+    model, loading = _read_weights(model_class, name_or_path, **options)
     if loading["missing_keys"]:
         raise ValueError(f"{name_or_path}: the checkpoint lacks weights: {sorted(loading['missing_keys'])[:5]}.")
     if broken := nonfinite_weights(model):
@@ -140,11 +143,35 @@ def _embedder_class(config: PersonViTConfig) -> type[PersonViTModel | PersonViTF
 
 
 def _read_weights(model_class: type[Model], name_or_path: str, **options: Any) -> tuple[Model, dict[str, Any]]:
-    """The model, and what transformers tells of its loading."""
+    """The model, and what transformers tells of its loading. Pickled weights are not read: they can run code."""
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        _require_own_shards(folder)
+        if not any(folder.glob("*.safetensors")) and (pickled := sorted(folder.glob("pytorch_model*.bin"))):
+            raise ValueError(
+                f"{folder}: its weights are pickled ({pickled[0].name}), which could run code. `personvit convert "
+                f"{folder} NEW_FOLDER` reads them without, and writes safetensors."
+            )
     try:
-        return model_class.from_pretrained(name_or_path, output_loading_info=True, **options)
+        return model_class.from_pretrained(name_or_path, output_loading_info=True, use_safetensors=True, **options)
+    except (ValueError, ImportError, *WRONG_VALUES) as error:  # such as an unknown `hidden_act`, or dtype int8
+        raise ValueError(f"{name_or_path}: its config.json is damaged or was edited: {error!r}") from error
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{name_or_path}: its weights can't be read ({error}).") from error
+
+
+def _require_own_shards(folder: Path) -> None:
+    """Raises a ValueError if the index of a folder's weights names files that are not safetensors in the folder."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    names = read_json(index).get("weight_map")
+    names = list(names.values()) if isinstance(names, dict) else [names]
+    for name in names:
+        if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
+            raise ValueError(
+                f"{index}: expected names of .safetensors files beside it, found {printable(repr(name))}."
+            )
 
 
 def nonfinite_weights(model: torch.nn.Module) -> list[str]:
@@ -154,7 +181,7 @@ def nonfinite_weights(model: torch.nn.Module) -> list[str]:
 
 def _load_processor(name_or_path: str, revision: str | None, num_channels: int) -> BaseImageProcessor:
     try:
-        processor = AutoImageProcessor.from_pretrained(name_or_path, revision=revision)
+        processor = AutoImageProcessor.from_pretrained(name_or_path, revision=revision, trust_remote_code=False)
     except OSError as error:
         raise FileNotFoundError(f"{name_or_path}: no image processor beside the weights: {error}") from error
     except (ValueError, *WRONG_VALUES) as error:
@@ -163,4 +190,20 @@ def _load_processor(name_or_path: str, revision: str | None, num_channels: int) 
     checked_statistics(name_or_path, statistics, num_channels)
     if not isinstance(processor.rescale_factor, int | float):
         raise ValueError(f"{name_or_path}: `rescale_factor` should be a number, found {processor.rescale_factor!r}.")
+    for name in ("size", "crop_size", "pad_size"):
+        _check_size(name_or_path, name, getattr(processor, name, None))
     return processor
+
+
+def _check_size(name_or_path: str, name: str, size: Any) -> None:
+    """Raises a ValueError if `size` of a processor is no height and width of a picture."""
+    if size is None and name != "size":
+        return
+    told = {} if size is None else {key: value for key, value in dict(size).items() if value is not None}
+    sides = list(told.values())
+    good = told.keys() == {"height", "width"} and all(type(side) is int and side > 0 for side in sides)
+    if not good or sides[0] * sides[1] > MAX_PIXELS:
+        raise ValueError(
+            f"{name_or_path}: `{name}` in its preprocessor_config.json should be a `height` and `width` of together "
+            f"at most {MAX_PIXELS} pixels, found {printable(str(told))}."
+        )

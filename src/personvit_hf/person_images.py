@@ -8,7 +8,8 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from .dataset_loading import literal, load_rows, parquet_files, readme_configs, with_image_column
+from .dataset_loading import literal, load_rows, parquet_files, readme_configs, require_own_files, with_image_column
 from .file_trees import (
     ARCHIVE_SUFFIXES,
     LMDB_SUFFIXES,
@@ -34,6 +35,7 @@ from .file_trees import (
     walk_files,
     warn_of_skipped,
 )
+from .files import printable
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,9 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
 # 100 MB once decoded. A person crop has some 30,000; a file that claims more than this is an attack or a mistake.
 MAX_IMAGE_PIXELS = 2**25
+# A JPEG has one segment of EXIF, and some ten scans if it is progressive; each further one costs as much as the first.
+_MAX_SCANS, _MAX_EXIF_SEGMENTS, _MAX_EXIF_BYTES = 200, 100, 2**16
+_MAX_RLE_WIDTH = 2**16
 
 # Marks a parquet file as the index of `personvit data select`, and holds what it is an index of, as JSON.
 SELECTION_METADATA = b"personvit_selection"
@@ -86,14 +91,14 @@ def load_person_images(
     """
     source = resolve_source(luperson_path(name_or_path, root) if root is not None else name_or_path)
     if isinstance(source, str):
-        rows = load_rows(source, config="unlabelled", split="train")
+        rows = require_own_files(load_rows(source, config="unlabelled", split="train"), source)
     elif source.is_file() and source.suffix.lower() == ".parquet":
         if (told := selection_settings(source)) is not None:
             return _selected(source, told, keep)
-        rows = load_rows("parquet", split="train", data_files=literal(source))
+        rows = require_own_files(load_rows("parquet", split="train", data_files=literal(source)), source.parent)
     elif source.is_dir() and (shards := parquet_files(source)):
         _require_no_loose_images(source, shards)
-        rows = load_rows(source, config="unlabelled", split="train")
+        rows = require_own_files(load_rows(source, config="unlabelled", split="train"), source)
     else:
         _warn_of_test_pictures(source)
         addresses = []
@@ -273,8 +278,9 @@ def decode_image(
         raise UnreadableFile(f"{name}: {error}", error.reason) from error
     if not content:
         raise UnreadableFile(f"{name}: not an image of a kind that is read here: it is empty.", "empty file")
+    _require_modest(content, name)
     try:
-        with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as picture:
+        with _quiet_about_exif(content), Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as picture:
             width, height = picture.size
             if width * height <= max_pixels:
                 return rgb_pixels(picture)
@@ -290,6 +296,36 @@ def decode_image(
     )
 
 
+@contextmanager
+def _quiet_about_exif(content: bytes) -> Iterator[None]:
+    """Without Pillow's warnings of corrupt EXIF, one a tag.
+
+    Pictures without EXIF leave the filters alone: a change of them makes Python show again what it has shown once.
+    """
+    if not any(mark in content for mark in (b"Exif", b"eXIf", b"EXIF", b"exif")):
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _require_modest(content: bytes, name: str) -> None:
+    """Raises an UnreadableFile for a JPEG or BMP that would keep a decoder busy for minutes, or take gigabytes."""
+    problem = None
+    if content.startswith(b"\xff\xd8"):
+        counts = {"scans": content.count(b"\xff\xda"), "blocks of EXIF": content.count(b"Exif\0\0")}
+        for part, most in (("scans", _MAX_SCANS), ("blocks of EXIF", _MAX_EXIF_SEGMENTS)):
+            if counts[part] > most:
+                problem = f"a JPEG of {counts[part]} {part}; more than {most} are refused, as no camera writes them"
+    elif content.startswith(b"BM") and content[30:34] in (b"\1\0\0\0", b"\2\0\0\0"):
+        width = int.from_bytes(content[18:22], "little")
+        if width > _MAX_RLE_WIDTH:  # Pillow before 13 takes 255 rows of it for 4 bytes of the file
+            problem = f"a BMP with run lengths, {width} pixels wide; more than {_MAX_RLE_WIDTH} are refused"
+    if problem:
+        raise UnreadableFile(f"{name}: {problem}.", "cut off or damaged")
+
+
 # what undoes EXIF's orientations 2 to 8
 _UPRIGHT = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
 
@@ -297,16 +333,24 @@ _UPRIGHT = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "RO
 def rgb_pixels(picture: Image.Image) -> np.ndarray:
     """(height, width, 3) uint8 RGB of a PIL image of any mode, turned upright by its EXIF orientation."""
     picture.load()  # EXIF can follow the pixels
-    try:
-        orientation = picture.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # EXIF of any origin; it says nothing of the pixels
-        orientation = None
+    orientation = _orientation(picture)
     if orientation in range(2, 9):  # ImageOps.exif_transpose fails where some other tag can't be written again
         picture = picture.transpose(Image.Transpose[_UPRIGHT[orientation - 2]])
     if picture.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255 and not scale
         grey = (np.asarray(picture) >> 8).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
     return np.array(picture.convert("RGB"))
+
+
+def _orientation(picture: Image.Image) -> Any:
+    """What EXIF of any origin tells; None if it tells nothing, or is larger than a JPEG's can be."""
+    exif = picture.info.get("exif") or picture.info.get("Raw profile type exif") or b""
+    try:
+        if len(exif) > _MAX_EXIF_BYTES:  # each of its entries may name all of it
+            return None
+        return picture.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # it says nothing of the pixels
+        return None
 
 
 @dataclass(frozen=True)
@@ -388,9 +432,10 @@ class BrokenImageBudget:
             RuntimeError: Their share of this epoch is over `max_broken_share`; the message names the last ones.
         """
         for image in broken:
+            reason = printable(image.reason)
             if image.name not in self.reasons:
-                logger.warning("Skipped a broken image. %s", image.reason)
-            self.reasons[image.name] = image.reason
+                logger.warning("Skipped a broken image. %s", reason)
+            self.reasons[image.name] = reason
         self.num_seen += num_seen
         self.num_broken += len(broken)
         if self.num_seen >= self.min_seen:

@@ -10,7 +10,7 @@ from typing import Any
 
 import datasets
 
-from .dataset_loading import literal, load_rows, parquet_files, readme_configs, with_image_column
+from .dataset_loading import literal, load_rows, parquet_files, readme_configs, require_own_files, with_image_column
 from .file_trees import TarTree, UnreadableFile, given_path, open_tree, warn_of_skipped
 from .person_images import resolve_source
 from .reid_layouts import (
@@ -73,7 +73,9 @@ def load_reid_dataset(
         )
     source, files = resolve_source(name_or_path) if root is None else given_path(root), None
     if isinstance(source, str):
-        found = load_rows(source, config="labelled")
+        found = {
+            split: require_own_files(rows, source) for split, rows in load_rows(source, config="labelled").items()
+        }
     else:
         files = labelled_files(name_or_path, root)
         if files is None:
@@ -213,7 +215,7 @@ def _local_parquet(root: Path) -> dict[str, datasets.Dataset]:
             "folder of parquet files."
         )
     if "labelled" in readme_configs(root):
-        return load_rows(root, config="labelled")
+        return {split: require_own_files(rows, root) for split, rows in load_rows(root, config="labelled").items()}
     by_split: dict[str, list[str]] = {split: [] for split in SPLITS}
     for file in files:
         # The innermost name decides: train_data/query-0.parquet is query.
@@ -226,7 +228,11 @@ def _local_parquet(root: Path) -> dict[str, datasets.Dataset]:
             f"{root}: no parquet file or subfolder starts with {', '.join(absent)}; found {', '.join(files)}."
         )
     # One by one: read together they would have to agree in every column, ours or not.
-    return {split: load_rows("parquet", data_files=paths, split="train") for split, paths in by_split.items() if paths}
+    return {
+        split: require_own_files(load_rows("parquet", data_files=paths, split="train"), root)
+        for split, paths in by_split.items()
+        if paths
+    }
 
 
 def _checked(rows: datasets.Dataset, source: str) -> datasets.Dataset:

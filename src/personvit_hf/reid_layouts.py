@@ -305,6 +305,7 @@ def _read_msmt17(tree: FileTree, prefix: str, version: str) -> LabelledFiles:
         if split == "train" and not any((prefix + list_name).lower() in actual for list_name in lists):
             del files.rows[split]
             continue
+        listed: set[str] = set()
         for list_name in lists:
             if (prefix + list_name).lower() not in actual:
                 raise FileNotFoundError(
@@ -324,7 +325,10 @@ def _read_msmt17(tree: FileTree, prefix: str, version: str) -> LabelledFiles:
                 name = actual.get(f"{prefix}{folder}/{path}".lower())
                 if name is None:
                     files.missing.setdefault(split, []).append(f"{folder}/{path}")
+                elif name in listed:
+                    raise ValueError(f"{tree.path / prefix / list_name}, line {number}: {path[:100]!r} a second time.")
                 else:
+                    listed.add(name)
                     files.rows[split].append((name, MSMT17_FIRST_PERSON[split] + int(person), int(ids[1]) - 1))
         if not files.rows[split]:
             raise ValueError(f"{tree.path / prefix / folder}: no image that {', '.join(lists)} name.")

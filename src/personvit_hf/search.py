@@ -18,7 +18,8 @@ from typing import Any
 import datasets
 import numpy as np
 
-from .embedding import KEPT_ID_COLUMNS, EmbeddingFolder
+from .embedding import EmbeddingFolder
+from .embedding_tables import KEPT_ID_COLUMNS
 from .extras import require
 from .files import read_json
 from .person_images import decode_image, load_person_images

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .dataset_loading import literal, load_arguments
-from .file_trees import walk_files
+from .file_trees import open_tree, walk_files
 from .person_images import IMAGE_SUFFIXES, resolve_source, selection_settings
 
 PARQUET_SUFFIX = ".parquet"
@@ -124,6 +125,7 @@ class ShardedImages:
     def _open(self, piece: Piece) -> tuple[datasets.IterableDataset, int]:
         """A stream with the piece in it, and how many rows come before the piece."""
         if piece.file not in self._opened:
+            _require_modest_tar(self.files[piece.file])
             file = self.rows.shard(len(self.files), piece.file)
             self._opened[piece.file] = file.reshard() if self._groups[piece.file] > 1 else file
         file = self._opened[piece.file]
@@ -170,6 +172,8 @@ def load_person_stream(name_or_path: str | Path) -> ShardedImages:
     groups = _parquet_groups(files) if is_parquet else None
     if not is_parquet:
         options["features"] = _TAR_IMAGES
+        for file in files[:_FIRST_SAMPLES]:
+            _require_modest_tar(file)
     try:
         rows = datasets.load_dataset(source, config, split="train", streaming=True, **options)
         first = [] if is_parquet else list(_images(next(rows.iter(_FIRST_SAMPLES), {})))
@@ -270,6 +274,16 @@ def _parquet_groups(files: list[str]) -> list[list[int]]:
         return list(pool.map(count, files))
 
 
+def _require_modest_tar(file: str) -> None:
+    """Raises a ValueError if a tar file on this machine tells of files that `datasets` would fill the memory with."""
+    if not file.lower().endswith(STREAMED_TAR_SUFFIXES) or not os.path.isfile(file):
+        return
+    skipped = open_tree(file).skipped
+    for reason in ("file too large", "no regular file"):  # sparse ones claim terabytes in a few bytes
+        if reason in skipped:
+            raise ValueError(f"{file}, {skipped[reason][0]}: {reason}. Pack the shard without it.")
+
+
 def _tar_counts(files: list[str], rows: datasets.IterableDataset) -> list[int]:
     """The number of samples in each file: from sizes.json, or by reading what isn't in it."""
     told: dict[str, int] = {}
@@ -289,6 +303,7 @@ def _tar_counts(files: list[str], rows: datasets.IterableDataset) -> list[int]:
         )
     for index, file in enumerate(files):
         if file not in told:
+            _require_modest_tar(file)
             try:
                 batches = rows.shard(len(files), index).iter(batch_size=_READ_ROWS)
                 told[file] = sum(1 for batch in batches for _ in _images(batch))
