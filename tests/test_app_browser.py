@@ -175,18 +175,18 @@ def test_a_visit(browser, app, tmp_path):
 
 
 @pytest.mark.parametrize("browser", ["desktop"], indirect=True)
-def test_fifty_searches_in_a_row_take_no_more_memory(browser, app):
+def test_many_searches_in_a_row_take_no_more_memory(browser, app):
     server = psutil.Process(app[0].pid)
     buttons = len(browser.find_elements(By.CSS_SELECTOR, "#query .pv-examples button"))
     used, shown = [], results(browser)
-    for i in range(50):
+    for i in range(80):
         # the same picture twice running would leave the page as it is
         browser.find_elements(By.CSS_SELECTOR, "#query .pv-examples button")[i % buttons].click()
         shown = new_results(browser, shown)
         assert shown.count("<figure>") == 10
         used.append(server.memory_info().rss / 2**20)
-    # the first ones fill caches; each search draws some 2 MB of pictures
-    assert max(used[40:]) - max(used[10:20]) < 30, used
+    # the first forty fill caches and the server's pools of memory; each search draws some 2 MB of pictures
+    assert max(used[70:]) - max(used[40:50]) < 30, used
 
 
 def test_the_space_serves_the_same_page(models, tmp_path):
