@@ -103,7 +103,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         contents = _read(path, head)
     except Exception as error:  # bytes of any origin make the readers below raise errors of a dozen types
-        reason = printable(str(error).strip().split("\n")[0] or type(error).__name__)
+        reason = excerpt(str(error).strip().split("\n")[0] or type(error).__name__)
         raise ValueError(
             f"{path}: not a checkpoint that can be read safely ({reason}). Only tensors and plain values are accepted."
         ) from error
@@ -115,14 +115,14 @@ def named_entries(path: str | Path, name: str, value: object) -> Mapping[str, An
     if not isinstance(value, Mapping):
         raise ValueError(f"{path}: {name} should hold a dictionary of named entries, found {type(value).__name__}.")
     for key in value:
-        if not isinstance(key, str) or key != printable(key):
+        if not isinstance(key, str) or key != excerpt(key):
             raise ValueError(
-                f"{path}: {name} should hold a dictionary of named entries, one is called {printable(ascii(key))}."
+                f"{path}: {name} should hold a dictionary of named entries, one is called {excerpt(ascii(key))}."
             )
     return value
 
 
-def printable(text: str) -> str:
+def excerpt(text: str) -> str:
     """What of a text of any origin can be shown in a terminal: a few hundred characters, none that control it."""
     text = "".join(character if character.isprintable() else "?" for character in text)
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."

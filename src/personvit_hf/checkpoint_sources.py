@@ -13,7 +13,7 @@ from transformers.activations import ACT2FN
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .checkpoint_names import DISTILLATION_TOKENS, Weight, Weights, checked_weight
-from .checkpoint_reading import named_entries, printable, read_checkpoint
+from .checkpoint_reading import excerpt, named_entries, read_checkpoint
 from .files import read_json
 
 KINDS = ("pretraining", "reid", "backbone", "timm", "transformers")
@@ -121,7 +121,7 @@ def checked_statistics(origin: str | Path, statistics: Mapping[str, Any], num_ch
     for name, values in statistics.items():
         numbers = isinstance(values, list | tuple) and all(isinstance(value, int | float) for value in values)
         if not numbers or len(values) != num_channels or not all(map(math.isfinite, values)):
-            raise ValueError(f"{origin}: `{name}` should be {num_channels} numbers, found {printable(str(values))}.")
+            raise ValueError(f"{origin}: `{name}` should be {num_channels} numbers, found {excerpt(str(values))}.")
         if name == "image_std" and min(values) <= 0:
             raise ValueError(f"{origin}: `image_std` should be positive, found {values}.")
     return {name: [float(value) for value in values] for name, values in statistics.items()}
@@ -209,13 +209,13 @@ def _open_folder(folder: Path) -> tuple[Path, dict[str, Any], Statistics | None]
     if "model_type" in config and model_type not in TRANSFORMERS_MODEL_TYPES:
         raise ValueError(
             f"{path}: `model_type` should be one of {', '.join(TRANSFORMERS_MODEL_TYPES)}, "
-            f"found {printable(str(model_type))}."
+            f"found {excerpt(str(model_type))}."
         )
     settings = {name: config[name] for name in ("num_attention_heads", "layer_norm_eps") if name in config}
     if "hidden_act" in config:
         settings["hidden_act"] = config["hidden_act"]
         if not isinstance(config["hidden_act"], str) or config["hidden_act"] not in ACT2FN:
-            raise ValueError(f"{path}: unknown `hidden_act` {printable(str(config['hidden_act']))}.")
+            raise ValueError(f"{path}: unknown `hidden_act` {excerpt(str(config['hidden_act']))}.")
     settings |= _image_size(config.get("image_size"))
     preprocessor = read_json(folder / "preprocessor_config.json")
     if "image_mean" not in preprocessor or "image_std" not in preprocessor:
@@ -226,7 +226,7 @@ def _open_folder(folder: Path) -> tuple[Path, dict[str, Any], Statistics | None]
 
 def _timm_settings(path: Path, config: dict[str, Any], pretrained: dict[str, Any]) -> dict[str, Any]:
     if config.get("global_pool", "token") not in ("token", ""):
-        pooled = printable(str(config["global_pool"]))
+        pooled = excerpt(str(config["global_pool"]))
         raise ValueError(f"{path}: its feature is pooled by {pooled}, PersonViT's is the [CLS] token.")
     arguments = config.get("model_args")
     heads = arguments.get("num_heads") if isinstance(arguments, dict) else None

@@ -10,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor, PreTrainedModel
 
-from .checkpoint_reading import printable
+from .checkpoint_reading import excerpt
 from .checkpoint_sources import checked_statistics
 from .configuration_personvit import PersonViTConfig
 from .files import read_json
@@ -169,9 +169,7 @@ def _require_own_shards(folder: Path) -> None:
     names = list(names.values()) if isinstance(names, dict) else [names]
     for name in names:
         if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
-            raise ValueError(
-                f"{index}: expected names of .safetensors files beside it, found {printable(repr(name))}."
-            )
+            raise ValueError(f"{index}: expected names of .safetensors files beside it, found {excerpt(repr(name))}.")
 
 
 def nonfinite_weights(model: torch.nn.Module) -> list[str]:
@@ -205,5 +203,5 @@ def _check_size(name_or_path: str, name: str, size: Any) -> None:
     if not good or sides[0] * sides[1] > MAX_PIXELS:
         raise ValueError(
             f"{name_or_path}: `{name}` in its preprocessor_config.json should be a `height` and `width` of together "
-            f"at most {MAX_PIXELS} pixels, found {printable(str(told))}."
+            f"at most {MAX_PIXELS} pixels, found {excerpt(str(told))}."
         )
